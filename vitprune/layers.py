@@ -1,0 +1,218 @@
+"""Drop-in attention, MLP and block of a timm vision transformer that skip what is pruned."""
+from collections.abc import Sequence
+
+import torch
+from timm.layers import Attention, LayerScale, Mlp
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import ops
+from .ops.sliced_linear import block_index
+
+
+def adopt(cls: type[nn.Module], module: nn.Module) -> nn.Module:
+    """A `cls` that takes over the state of `module`, an instance of its timm base class; that one is spent."""
+    new = cls.__new__(cls)
+    new.__dict__.update(module.__dict__)
+    new._prepare()
+    return new
+
+
+def _live_buffer(module: nn.Module, kind: str, ids: Sequence[int] | None, count: int) -> None:
+    """Store which of `count` units are live, None where all are; it is not part of the state dict."""
+    name, device = type(module).__name__, next(module.parameters()).device
+    if ids is not None:
+        ids = [int(i) for i in ids]
+        if sorted(set(ids)) != ids or (ids and not (0 <= ids[0] and ids[-1] < count)):
+            raise ValueError(f"{name}: live must be ascending ids of {kind} in 0..{count - 1}, each once, got {ids}")
+        ids = None if len(ids) == count else torch.tensor(ids, dtype=torch.int32, device=device)
+    module.register_buffer("live", ids, persistent=False)
+
+
+class PrunedAttention(Attention):
+    """timm's `Attention` (same arguments, same parameter names) under a token policy, with live heads only.
+
+    live: ascending ids of the heads that remain, or None for all; the others are neither computed nor given a gradient.
+    Raises ValueError for `gated` and `scale_norm`, which mix heads.
+    """
+
+    def __init__(self, *args, live: Sequence[int] | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._prepare()
+        self.set_live(live)
+
+    def _prepare(self) -> None:
+        if getattr(self, "gate", None) is not None or not isinstance(self.norm, nn.Identity):
+            raise ValueError("PrunedAttention: gated and scale_norm must be off: they mix heads")
+        if "live" not in self._buffers:
+            self.set_live(None)
+
+    def set_live(self, live: Sequence[int] | None) -> None:
+        """Choose the live heads: ascending ids, or None for all."""
+        _live_buffer(self, "heads", live, self.num_heads)
+
+    @property
+    def live_heads(self) -> int:
+        """The number of heads that are computed."""
+        return self.num_heads if self.live is None else self.live.shape[0]
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, policy: Tensor | None = None,
+                *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+                class_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """x [B, N, C] -> [B, N, C]; or packed rows x [T, C] with cu_seqlens int32 [B+1] and max_seqlen -> [T, C].
+
+        policy [B, N]: keys to keep (`ops.policy_attention`); attn_mask, is_causal: as timm's, not together with a policy.
+        class_attention: also return what token 0 attends, mean over heads, [B, N].
+        Raises ValueError for combinations that have no meaning.
+        """
+        masked = attn_mask is not None or is_causal
+        if masked and (policy is not None or cu_seqlens is not None):
+            raise ValueError("PrunedAttention: attn_mask and is_causal must be off where a policy or cu_seqlens is given")
+        if policy is not None and cu_seqlens is not None:
+            raise ValueError("PrunedAttention: policy must be None for packed rows, whose dropped tokens are gone")
+        H = self.live_heads
+        if H == 0:
+            if class_attention:
+                raise ValueError("PrunedAttention: class_attention must be False in a layer without heads")
+            bias = x.new_zeros(self.proj.out_features) if self.proj.bias is None else self.proj.bias
+            return self.proj_drop(bias.to(x.dtype).expand(*x.shape[:-1], -1))
+        qkv = self._qkv(x)
+        normed = not isinstance(self.q_norm, nn.Identity)
+        dropout = self.attn_drop.p if self.training else 0.0
+        q = k = v = None
+        if normed or class_attention or policy is not None or masked or dropout:
+            q, k, v = qkv.unflatten(-1, (3, H, self.head_dim)).unbind(-3)  # [B, N, H, D]
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if cu_seqlens is not None:
+            if normed:
+                qkv = torch.stack((q, k, v), -3).flatten(-3)
+            y = ops.short_attention(qkv, num_heads=H, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=self.scale)
+        elif policy is None and not (normed or masked or dropout):
+            y = ops.short_attention(qkv, num_heads=H, scale=self.scale)
+        else:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            if policy is not None:
+                y = ops.policy_attention(q, k, v, policy, scale=self.scale)
+            else:
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal,
+                                                   scale=self.scale)
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+            y = y.transpose(1, 2).flatten(2)
+        out = self.proj_drop(self._proj(y))
+        return (out, _class_attention(q, k, self.scale)) if class_attention else out
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        if self.live is None:
+            return self.qkv(x)
+        blocks = torch.cat([self.live + i * self.num_heads for i in range(3)])
+        return ops.sliced_linear(x, self.qkv.weight, self.qkv.bias, blocks, side="out", width=self.head_dim)
+
+    def _proj(self, y: Tensor) -> Tensor:
+        if self.live is None:
+            return self.proj(y)
+        return ops.sliced_linear(y, self.proj.weight, self.proj.bias, self.live, side="in", width=self.head_dim)
+
+
+def _class_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:  # [B, N, H, D] x2 -> [B, N]
+    scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], k) * scale
+    return scores.float().softmax(-1).mean(1)
+
+
+class PrunedMlp(Mlp):
+    """timm's `Mlp` (same arguments, same parameter names) that computes its live hidden blocks only.
+
+    live: ascending ids of the `width`-wide blocks of hidden units that remain, or None for all.
+    Raises ValueError for `use_conv`, for a `norm_layer`, which mixes hidden units, and for activations other than exact GELU.
+    """
+
+    def __init__(self, *args, live: Sequence[int] | None = None, width: int = 64, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._prepare()
+        self.set_live(live, width)
+
+    def _prepare(self) -> None:
+        if not isinstance(self.fc1, nn.Linear):
+            raise ValueError("PrunedMlp: use_conv must be False")
+        if not isinstance(self.norm, nn.Identity):
+            raise ValueError("PrunedMlp: norm_layer must be None: it mixes hidden units")
+        if type(self.act).__name__ != "GELU" or getattr(self.act, "approximate", "none") != "none":
+            raise ValueError(f"PrunedMlp: act_layer must be the exact GELU, got {self.act}")
+        if "live" not in self._buffers:
+            self.set_live(None)
+
+    def set_live(self, live: Sequence[int] | None, width: int = 64) -> None:
+        """Choose the live blocks of `width` hidden units: ascending ids, or None for all."""
+        hidden = self.fc1.out_features
+        if live is not None and (width < 1 or hidden % width):
+            raise ValueError(f"PrunedMlp: width must be a divisor of the hidden size {hidden}, got {width}")
+        self.width = width
+        _live_buffer(self, "hidden blocks", live, hidden // width if width else 0)
+
+    @property
+    def live_hidden(self) -> int:
+        """The number of hidden units that are computed."""
+        return self.fc1.out_features if self.live is None else self.live.shape[0] * self.width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., C]."""
+        if self.live is None:
+            return super().forward(x)
+        if self.training and self.drop1.p > 0:
+            y = ops.sliced_linear(x, self.fc1.weight, self.fc1.bias, self.live, side="out", width=self.width)
+            y = ops.sliced_linear(self.drop1(self.act(y)), self.fc2.weight, self.fc2.bias, self.live, side="in", width=self.width)
+        else:
+            y = ops.sliced_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.live, width=self.width)
+        return self.drop2(y)
+
+
+class PrunedBlock(Block):
+    """timm's pre-norm transformer `Block` that takes a token policy or packed rows."""
+
+    def _prepare(self) -> None:
+        for name, cls in (("attn", PrunedAttention), ("mlp", PrunedMlp)):
+            if not isinstance(getattr(self, name), cls):
+                setattr(self, name, adopt(cls, getattr(self, name)))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, policy: Tensor | None = None,
+                *, class_attention: bool = False, **packed) -> Tensor | tuple[Tensor, Tensor]:
+        """x [B, N, C] (or packed rows [T, C]) -> the same shape; the other arguments are PrunedAttention's."""
+        y = self.attn(self.norm1(x), attn_mask, is_causal, policy, class_attention=class_attention, **packed)
+        y, scores = y if class_attention else (y, None)
+        if isinstance(self.norm2, nn.LayerNorm) and isinstance(self.ls1, (nn.Identity, LayerScale)):
+            x, y = ops.add_norm(x, self.drop_path1(y), self.norm2.weight, self.norm2.bias, self.norm2.eps,
+                                gamma=getattr(self.ls1, "gamma", None))
+        else:
+            x = x + self.drop_path1(self.ls1(y))
+            y = self.norm2(x)
+        x = x + self.drop_path2(self.ls2(self.mlp(y)))
+        return (x, scores) if class_attention else x
+
+
+@torch.no_grad()
+def compact_block(block: PrunedBlock) -> None:
+    """Slice the weights of a block, in place, to its live heads and hidden units."""
+    attn, mlp = block.attn, block.mlp
+    if attn.live is not None:
+        units = block_index(attn.live, attn.head_dim)
+        dim = attn.num_heads * attn.head_dim
+        _slice(attn.qkv, torch.cat([units + i * dim for i in range(3)]), 0)
+        _slice(attn.proj, units, 1)
+        attn.num_heads = attn.live.shape[0]
+        attn.attn_dim = attn.num_heads * attn.head_dim
+        attn.set_live(None)
+    if mlp.live is not None:
+        units = block_index(mlp.live, mlp.width)
+        _slice(mlp.fc1, units, 0)
+        _slice(mlp.fc2, units, 1)
+        mlp.set_live(None, mlp.width)
+
+
+def _slice(linear: nn.Linear, index: Tensor, dim: int) -> None:
+    def kept(p: nn.Parameter, d: int) -> nn.Parameter:
+        return nn.Parameter(p.index_select(d, index), requires_grad=p.requires_grad)
+
+    linear.weight = kept(linear.weight, dim)
+    if dim == 0 and linear.bias is not None:
+        linear.bias = kept(linear.bias, 0)
+    linear.out_features, linear.in_features = linear.weight.shape

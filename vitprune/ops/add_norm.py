@@ -1,0 +1,75 @@
+"""Residual add and LayerNorm in one pass."""
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+
+OP = "add_norm"
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *,
+             gamma: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """s = x + gamma * residual and LayerNorm(s); gamma is LayerScale (Touvron et al., CaiT, 2021, eq. 4).
+
+    x, residual [..., C]; weight, bias, gamma [C] (bias and gamma may be None). Returns (s, normalised), both [..., C].
+    Raises ValueError for shapes that do not fit together.
+    """
+    require(residual.shape == x.shape, OP, "residual", f"like x, {tuple(x.shape)}", residual.shape)
+    for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
+        require(t is None or t.shape == x.shape[-1:], OP, name, f"[C] = {tuple(x.shape[-1:])}", t if t is None else t.shape)
+    return call(OP, choose(OP, x.device, x.dtype), x, residual, weight, bias, gamma, eps)
+
+
+def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None,
+              eps: float) -> tuple[Tensor, Tensor]:
+    """The definition."""
+    s = x + (residual if gamma is None else residual * gamma)
+    return s, F.layer_norm(s, s.shape[-1:], weight, bias, eps)
+
+
+def _backward(ds, dy, s, residual, weight, gamma, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, residual, weight, bias, gamma; the row statistics are recomputed in the accumulator's precision."""
+    dtype = torch.promote_types(s.dtype, torch.float32)
+    wide = s.to(dtype)
+    variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
+    normal, dy = (wide - mean) * rstd, dy.to(dtype)
+    dn = dy * weight.to(dtype)
+    dx = (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True)) * rstd + ds.to(dtype)
+    rows = tuple(range(s.dim() - 1))
+    dresidual = dx if gamma is None else dx * gamma.to(dtype)
+    return (dx.to(s.dtype), dresidual.to(residual.dtype, copy=True), (dy * normal).sum(rows).to(weight.dtype),
+            dy.sum(rows).to(weight.dtype), (dx * residual.to(dtype)).sum(rows).to(weight.dtype))
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, residual, weight, bias, gamma, ctx.eps, ctx.backend = inputs
+    ctx.dtype, ctx.bias = x.dtype, bias is not None
+    ctx.save_for_backward(output[0], residual, weight, gamma)
+
+
+def _gradient(ctx, ds, dy):
+    dx, dresidual, dweight, dbias, dgamma = torch.ops.vitprune.add_norm_backward(
+        ds, dy, *ctx.saved_tensors, ctx.eps, ctx.backend)
+    gamma = ctx.saved_tensors[-1]
+    return dx.to(ctx.dtype), dresidual, dweight, dbias if ctx.bias else None, None if gamma is None else dgamma, None, None
+
+
+def _fake(x, residual, weight, bias, gamma, eps, backend):
+    s = torch.empty(x.shape, dtype=torch.result_type(x, residual), device=x.device)
+    if gamma is not None:
+        s = s.to(torch.promote_types(s.dtype, gamma.dtype))
+    return s, torch.empty_like(s)
+
+
+define(OP, "(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? gamma, float eps, str backend) -> (Tensor, Tensor)",
+       lambda x, residual, weight, bias, gamma, eps, backend: find(OP, backend).run(x, residual, weight, bias, gamma, eps),
+       _fake, macs=lambda *_: 0)
+define(OP + "_backward", "(Tensor ds, Tensor dy, Tensor s, Tensor residual, Tensor weight, Tensor? gamma, float eps, "
+       "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _backward,
+       lambda ds, dy, s, residual, weight, gamma, eps, backend: (
+           torch.empty(s.shape, dtype=s.dtype, device=s.device), torch.empty(s.shape, dtype=residual.dtype, device=s.device),
+           *(torch.empty(weight.shape, dtype=weight.dtype, device=s.device) for _ in range(3))), macs=lambda *_: 0)
+gradient(OP, _gradient, _setup)
+TABLES[OP] = (Backend("reference", reference, composite=True),)

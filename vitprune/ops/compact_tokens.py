@@ -1,0 +1,100 @@
+"""Compaction for adaptive token counts: [B, N, C] with a keep mask <-> packed rows with cu_seqlens."""
+import torch
+from torch import Tensor
+
+from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+
+OP, INVERSE = "compact_tokens", "expand_rows"
+
+
+def compact_tokens(x: Tensor, keep: Tensor, *, capacity: int | None = None) -> tuple[Tensor, Tensor]:
+    """Pack the kept tokens of a batch into consecutive rows.
+
+    x [B, N, C]; keep bool [B, N]. Returns rows [R, C] and cu_seqlens [B+1] int32: image b owns rows
+    cu_seqlens[b]:cu_seqlens[b+1]; rows past cu_seqlens[-1] are zero. R = capacity; without one, the exact count on a
+    CPU in eager mode and B*N elsewhere, so that nothing waits for the device.
+    Raises ValueError for shapes that do not fit; more kept tokens than capacity raise RuntimeError (on a GPU: later).
+    """
+    _check(OP, x, "x", keep)
+    require(capacity is None or capacity >= 0, OP, "capacity", ">= 0", capacity)
+    if capacity is None:
+        static = x.device.type != "cpu" or torch.compiler.is_compiling()
+        capacity = keep.numel() if static else int(keep.sum())
+    return call(OP, choose(OP, x.device, x.dtype), x, keep, capacity)
+
+
+def expand_rows(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, *, fill: float = 0.0) -> Tensor:
+    """The inverse of `compact_tokens`: rows [R, C], cu_seqlens [B+1], keep bool [B, N] -> [B, N, C], dropped tokens = fill.
+
+    Raises ValueError for shapes that do not fit together.
+    """
+    require(rows.dim() == 2, INVERSE, "rows", "[R, C]", rows.shape)
+    require(keep.dim() == 2 and keep.dtype == torch.bool, INVERSE, "keep", "bool [B, N]", f"{keep.dtype} {tuple(keep.shape)}")
+    require(cu_seqlens.shape == (keep.shape[0] + 1,), INVERSE, "cu_seqlens", f"[B+1] = {(keep.shape[0] + 1,)}", cu_seqlens.shape)
+    return call(INVERSE, choose(INVERSE, rows.device, rows.dtype), rows, cu_seqlens, keep, fill)
+
+
+def _check(op: str, x: Tensor, name: str, keep: Tensor) -> None:
+    require(x.dim() == 3, op, name, "[B, N, C]", x.shape)
+    require(keep.dtype == torch.bool, op, "keep", "bool", keep.dtype)
+    require(keep.shape == x.shape[:2], op, "keep", f"[B, N] = {tuple(x.shape[:2])}", keep.shape)
+    require(keep.device == x.device, op, "keep", f"on {name}'s device {x.device}", keep.device)
+
+
+def _sequence_starts(keep: Tensor) -> Tensor:
+    return torch.nn.functional.pad(keep.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+
+
+def reference(x: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """The definition: a stable sort of the mask brings kept tokens forward in order."""
+    B, N, C = x.shape
+    cu_seqlens = _sequence_starts(keep)
+    torch._assert_async((cu_seqlens[-1] <= capacity), f"compact_tokens: more tokens kept than capacity {capacity}")
+    source = (~keep.reshape(-1)).to(torch.uint8).sort(stable=True).indices[:capacity]
+    rows = x.reshape(B * N, C).index_select(0, source)
+    live = torch.arange(source.numel(), device=x.device) < cu_seqlens[-1]
+    rows = torch.where(live[:, None], rows, 0)
+    return torch.nn.functional.pad(rows, (0, 0, 0, capacity - source.numel())), cu_seqlens
+
+
+def expand_reference(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, fill: float) -> Tensor:
+    """The definition of the inverse: every kept token's row is the number of kept tokens before it."""
+    position = (keep.reshape(-1).cumsum(0) - 1).clamp(min=0)
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))  # so that there is a row to point at when none is kept
+    out = rows.index_select(0, position.clamp(max=rows.shape[0] - 1)).view(*keep.shape, rows.shape[1])
+    return torch.where(keep[..., None], out, fill)
+
+
+def _setup(ctx, inputs, output) -> None:
+    keep, ctx.backend = inputs[1], inputs[-1]
+    ctx.save_for_backward(keep, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx, drows, _):
+    keep, cu_seqlens = ctx.saved_tensors
+    return torch.ops.vitprune.expand_rows(drows, cu_seqlens, keep, 0.0, ctx.backend), None, None, None
+
+
+def _expand_setup(ctx, inputs, output) -> None:
+    rows, _, keep, _, ctx.backend = inputs
+    ctx.capacity = rows.shape[0]
+    ctx.save_for_backward(keep)
+
+
+def _expand_gradient(ctx, dout):
+    keep, = ctx.saved_tensors
+    return torch.ops.vitprune.compact_tokens(dout, keep, ctx.capacity, ctx.backend)[0], None, None, None, None
+
+
+define(OP, "(Tensor x, Tensor keep, SymInt capacity, str backend) -> (Tensor, Tensor)",
+       lambda x, keep, capacity, backend: find(OP, backend).run(x, keep, capacity),
+       lambda x, keep, capacity, backend: (x.new_empty(capacity, x.shape[2]),
+                                           x.new_empty(x.shape[0] + 1, dtype=torch.int32)), macs=lambda *_: 0)
+define(INVERSE, "(Tensor rows, Tensor cu_seqlens, Tensor keep, float fill, str backend) -> Tensor",
+       lambda rows, cu_seqlens, keep, fill, backend: find(INVERSE, backend).run(rows, cu_seqlens, keep, fill),
+       lambda rows, cu_seqlens, keep, fill, backend: rows.new_empty(*keep.shape, rows.shape[1]), macs=lambda *_: 0)
+gradient(OP, _gradient, _setup)
+gradient(INVERSE, _expand_gradient, _expand_setup)
+TABLES[OP] = (Backend("reference", reference, composite=True),)
+TABLES[INVERSE] = (Backend("reference", expand_reference, composite=True),)

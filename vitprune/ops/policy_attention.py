@@ -1,0 +1,152 @@
+"""Attention under DynamicViT's key policy: differentiable in q, k, v and the policy itself.
+
+Source: Rao et al., DynamicViT (2021), eq. 8-11, with the official code's eps.
+"""
+import torch
+from torch import Tensor
+
+from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+
+OP = "policy_attention"
+
+
+def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, scale: float | None = None,
+                     eps: float = 1e-6) -> Tensor:
+    """softmax(q k^T * scale) v in which key j counts policy_j for every other token; a token always sees itself.
+
+    q, k, v [B, H, N, D], any strides; policy [B, N], 1 keeps a key and 0 drops it. Returns [B, H, N, D].
+    With P_ij = p_j for i != j and 1 for i = j, and e_ij = exp(s_ij - m_i): A_ij = (e_ij P_ij + eps/N) / (sum_j e_ij P_ij + eps).
+    eps > 0 takes m_i over all keys, as the official code does; eps = 0 takes it over kept keys and the token itself,
+    so the result is finite however large a dropped score is, and NaN or infinities in dropped tokens stay in their rows.
+    Raises ValueError for arguments whose shapes, dtypes or devices do not fit together.
+    """
+    B, H, N, D = _check(q, k, v, policy, eps)
+    name = choose(OP, q.device, q.dtype, head_dim=D)
+    return call(OP, name, q, k, v, policy, D ** -0.5 if scale is None else scale, eps)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float) -> torch.Size:
+    require(q.dim() == 4, OP, "q", "[B, H, N, D]", q.shape)
+    for name, t in (("k", k), ("v", v)):
+        require(t.shape == q.shape, OP, name, f"like q, {tuple(q.shape)}", t.shape)
+        require(t.dtype == q.dtype, OP, name, f"of q's dtype {q.dtype}", t.dtype)
+        require(t.device == q.device, OP, name, f"on q's device {q.device}", t.device)
+    require(q.dtype.is_floating_point, OP, "q", "floating point", q.dtype)
+    expected = (q.shape[0], q.shape[2])
+    require(policy.shape == expected, OP, "policy", f"[B, N] = {expected}", policy.shape)
+    require(policy.dtype.is_floating_point, OP, "policy", "floating point (a boolean mask has no gradient)", policy.dtype)
+    require(policy.device == q.device, OP, "policy", f"on q's device {q.device}", policy.device)
+    require(eps >= 0, OP, "eps", ">= 0", eps)
+    return q.shape
+
+
+def softmax_with_policy(scores: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
+    """The attention weights under a policy: scores [B, H, N, N] and policy [B, N] -> [B, H, N, N]; eps > 0.
+
+    Half precision rounds exactly as the official code: the row maximum is subtracted before the cast to float32.
+    """
+    N = scores.shape[-1]
+    p = _pairs(policy[:, None, None, :])
+    top = scores.max(dim=-1, keepdim=True)[0]
+    accumulate = _accumulator(scores.dtype)
+    e = (scores - top).to(accumulate).exp() * p.to(accumulate)
+    return ((e + eps / N) / (e.sum(-1, keepdim=True) + eps)).to(scores.dtype)
+
+
+def _pairs(p: Tensor) -> Tensor:  # [B, 1, 1, N] -> P_ij [B, 1, N, N]
+    return p + (1 - p) * torch.eye(p.shape[-1], dtype=p.dtype, device=p.device)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _weights(q: Tensor, k: Tensor, policy: Tensor, scale: float, eps: float) -> tuple[Tensor, ...]:
+    """Unnormalised weights e [B, H, N, N], pair policy P, row maximum m and sum z [B, H, N, 1], in the accumulator."""
+    dtype = _accumulator(q.dtype)
+    q, k, p = q.to(dtype), k.to(dtype), policy.to(dtype)
+    pairs = _pairs(p[:, None, None, :])
+    if eps > 0:
+        s = q @ k.transpose(-2, -1) * scale
+        m = s.amax(-1, keepdim=True).detach()
+        e = (s - m).exp()
+    else:
+        own = torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
+        s = q @ _finite(k, policy).transpose(-2, -1) * scale
+        s = torch.where(own, ((q * k).sum(-1) * scale)[..., None], s)
+        m = s.masked_fill(~(own | (policy > 0)[:, None, None, :]), -torch.inf).amax(-1, keepdim=True).detach()
+        e = (s - m).clamp(max=80.0).exp()  # a dropped key above every kept one: its policy's gradient stays finite
+    return e, pairs, m, (e * pairs).sum(-1, keepdim=True)
+
+
+def _finite(t: Tensor, policy: Tensor) -> Tensor:
+    """t [B, H, N, D] with what is not finite in dropped tokens set to zero."""
+    return torch.where((policy > 0)[:, None, :, None] | t.isfinite(), t, 0)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float) -> tuple[Tensor]:
+    """The definition, in plain PyTorch, O(N^2) memory."""
+    if eps > 0:
+        return (softmax_with_policy(q @ k.transpose(-2, -1) * scale, policy, eps) @ v,)
+    e, pairs, _, z = _weights(q, k, policy, scale, eps)
+    return (_mix((e * pairs / z).to(v.dtype), v, policy, eps),)
+
+
+def _mix(a: Tensor, v: Tensor, policy: Tensor, eps: float) -> Tensor:
+    if eps > 0:
+        return a @ v
+    own = a.diagonal(dim1=-2, dim2=-1)
+    return (a - torch.diag_embed(own)) @ _finite(v, policy) + own[..., None] * v
+
+
+def _forward(q, k, v, policy, scale: float, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    if backend != "reference":
+        return find(OP, backend).run(q, k, v, policy, scale, eps)
+    e, pairs, m, z = _weights(q, k, policy, scale, eps)
+    a = (e * pairs + eps / q.shape[2]) / (z + eps)
+    return _mix(a, v.to(a.dtype), policy, eps).to(v.dtype), m[..., 0], z[..., 0]
+
+
+def _backward(dout, q, k, v, policy, out, m, z, scale: float, eps: float, backend: str) -> tuple[Tensor, ...]:
+    """Closed form; m is detached (a change of order eps)."""
+    e, pairs, _, _ = _weights(q, k, policy, scale, eps)
+    dtype, zp = e.dtype, (z + eps)[..., None]
+    a = (e * pairs + eps / q.shape[2]) / zp
+    do, clean_k, clean_v = dout.to(dtype), k.to(dtype), v.to(dtype)
+    if eps == 0:
+        clean_k, clean_v = _finite(clean_k, policy), _finite(clean_v, policy)
+    da = do @ clean_v.transpose(-2, -1)
+    de = (da - (do * out.to(dtype)).sum(-1, keepdim=True)) / zp
+    ds = de * e * pairs * scale
+    off = de * e * (1 - torch.eye(q.shape[2], dtype=dtype, device=q.device))
+    return ((ds @ clean_k).to(q.dtype), (ds.transpose(-2, -1) @ q.to(dtype)).to(k.dtype),
+            (a.transpose(-2, -1) @ do).to(v.dtype), off.sum((1, 2)).to(policy.dtype))
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, policy, ctx.scale, ctx.eps, ctx.backend = inputs
+    ctx.save_for_backward(q, k, v, policy, *output)
+
+
+def _gradient(ctx, dout, dm, dz):
+    grads = torch.ops.vitprune.policy_attention_backward(
+        dout, *ctx.saved_tensors, ctx.scale, ctx.eps, ctx.backend)
+    return *grads, None, None, None
+
+
+def _macs(q, k, v, policy, *_) -> int:
+    B, H, N, D = q
+    return 2 * B * H * N * N * D
+
+
+define(OP, "(Tensor q, Tensor k, Tensor v, Tensor policy, float scale, float eps, str backend) -> (Tensor, Tensor, Tensor)",
+       _forward, lambda q, k, v, policy, scale, eps, backend: (
+           torch.empty(q.shape, dtype=v.dtype, device=q.device),
+           *(torch.empty(q.shape[:3], dtype=_accumulator(q.dtype), device=q.device) for _ in range(2))),
+       cast=True, macs=_macs)
+define(OP + "_backward", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor policy, Tensor out, Tensor m, Tensor z, "
+       "float scale, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _backward,
+       lambda dout, q, k, v, policy, *_: tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, policy)),
+       macs=lambda dout, q, *_: 5 * q[0] * q[1] * q[2] ** 2 * q[3])
+gradient(OP, _gradient, _setup)
+TABLES[OP] = (Backend("reference", reference, composite=True),)

@@ -1,0 +1,124 @@
+"""How an operator is registered and which of its backends runs: one table per operator, chosen in one place."""
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+LIBRARY = torch.library.Library("vitprune", "DEF")
+TABLES: dict[str, tuple["Backend", ...]] = {}  # operator -> backends, the fastest measured first
+MACS: dict[str, Callable[..., int]] = {}       # operator -> multiply-accumulates from the shapes of its arguments
+_local = threading.local()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operator.
+
+    `run` takes the operator's arguments. A `composite` backend is plain PyTorch: it is called as it stands, so that
+    autograd, autocast, `torch.compile` and `torch.export` see through it. A kernel goes through the dispatcher.
+    `refuses(device, dtype, **facts)` says why it cannot serve, or returns None.
+    """
+    name: str
+    run: Callable
+    composite: bool = False
+    refuses: Callable[..., str | None] = lambda device, dtype, **facts: None
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force the backend of that name, in this thread, for every operator called inside that has one.
+
+    Raises ValueError for a name no operator knows. An operator that has the backend but cannot use it raises
+    RuntimeError with the reason; an operator that does not have it chooses as always.
+    """
+    known = sorted({b.name for table in TABLES.values() for b in table})
+    if name not in known:
+        raise ValueError(f"backend: name must be one of {', '.join(known)}, got {name!r}")
+    previous, _local.forced = getattr(_local, "forced", None), name
+    try:
+        yield
+    finally:
+        _local.forced = previous
+
+
+@torch.compiler.assume_constant_result  # the choice is made when a graph is traced, never inside it
+def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
+    """The name of the backend that serves operator `op` on that device and dtype; `facts` are static sizes."""
+    if torch.compiler.is_exporting():  # an exported graph must run where this package is not installed
+        return next(b.name for b in TABLES[op] if b.composite)
+    return _choose(op, device, dtype, tuple(facts.items()), getattr(_local, "forced", None))
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(op: str, device: torch.device, dtype: torch.dtype, facts: tuple, forced: str | None) -> str:
+    for entry in TABLES[op]:
+        if forced not in (None, entry.name) and any(b.name == forced for b in TABLES[op]):
+            continue
+        reason = entry.refuses(device, dtype, **dict(facts))
+        if reason is None:
+            return entry.name
+        if entry.name == forced:
+            raise RuntimeError(f"{op}: backend {forced!r} cannot run here: {reason}")
+    raise RuntimeError(f"{op}: no backend can run on {device} with {dtype}")
+
+
+def table(op: str, device: torch.device, dtype: torch.dtype = torch.float32, **facts) -> dict[str, str | None]:
+    """Every backend of `op` with its reason to refuse that device and dtype (None: it can run), in order of choice."""
+    return {b.name: b.refuses(device, dtype, **facts) for b in TABLES[op]}
+
+
+def find(op: str, name: str) -> Backend:
+    """The backend of that name in the table of `op`."""
+    return next(b for b in TABLES[op] if b.name == name)
+
+
+def call(op: str, name: str, *args):
+    """Run a backend chosen before: composite ones directly, kernels through the dispatcher (gradient, fake, autocast)."""
+    entry = find(op, name)
+    return entry.run(*args) if entry.composite else getattr(torch.ops.vitprune, op)(*args, name)
+
+
+def define(op: str, schema: str, run: Callable, fake: Callable, *, cast: bool = False, macs: Callable | None = None):
+    """Register `vitprune::op`: `run` on every device, its shapes, its autocast rule and its cost.
+
+    cast: under autocast, floating point tensors are cast to the autocast dtype (otherwise taken as they are).
+    macs: multiply-accumulates from the shapes of the arguments; registered with torch's counter as 2 FLOPs each.
+    """
+    LIBRARY.define(op + schema)
+    LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vitprune::{op}", fake, lib=LIBRARY)
+    overload = getattr(torch.ops.vitprune, op).default
+    for device in ("cpu", "cuda"):
+        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+        LIBRARY.impl(op, functools.partial(_autocast, overload, key, device, cast), key.name)
+    if macs is not None:
+        MACS[op] = macs
+        register_flop_formula(getattr(torch.ops.vitprune, op))(lambda *shapes, out_shape=None, **_: 2 * macs(*shapes))
+
+
+def _autocast(overload, key, device: str, cast: bool, *args):
+    dtype = torch.get_autocast_dtype(device)
+
+    def convert(a):
+        floating = isinstance(a, Tensor) and a.is_floating_point() and a.dtype != torch.float64
+        return a.to(dtype) if floating else a
+
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        return overload(*(convert(a) if cast else a for a in args))
+
+
+def gradient(op: str, backward: Callable, setup: Callable) -> None:
+    """Attach the gradient of `vitprune::op`."""
+    torch.library.register_autograd(f"vitprune::{op}", backward, setup_context=setup, lib=LIBRARY)
+
+
+def require(condition: bool, op: str, argument: str, expected: str, got) -> None:
+    """Raise ValueError `op: argument must be expected, got got` unless the condition holds."""
+    if not condition:
+        got = tuple(got) if isinstance(got, torch.Size) else got
+        raise ValueError(f"{op}: {argument} must be {expected}, got {got}")

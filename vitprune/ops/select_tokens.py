@@ -1,0 +1,69 @@
+"""Top-k token selection: the patches with the highest scores, prefix tokens protected, gathered in one step.
+
+Source: Rao et al., DynamicViT (2021), section 3.2 (inference); here in ascending order of position, which leaves
+attention unchanged and makes ties and NaN well defined.
+"""
+import torch
+from torch import Tensor
+
+from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+
+OP = "select_tokens"
+
+
+def select_tokens(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1) -> tuple[Tensor, Tensor]:
+    """Keep the prefix tokens and the k patches with the highest scores.
+
+    x [B, P+N, C], any strides; scores [B, N]; P = prefix. Returns tokens [B, P+k, C] and the kept ids [B, k],
+    int64 in 0..N-1, ascending. Ties go to the lower index; NaN ranks below everything. The gradient reaches x only.
+    Raises ValueError for shapes that do not fit together and for k outside 0..N.
+    """
+    require(x.dim() == 3, OP, "x", "[B, P+N, C]", x.shape)
+    require(x.dtype.is_floating_point, OP, "x", "floating point", x.dtype)
+    require(0 <= prefix <= x.shape[1], OP, "prefix", f"in 0..{x.shape[1]}, the number of tokens", prefix)
+    N = x.shape[1] - prefix
+    require(scores.shape == (x.shape[0], N), OP, "scores", f"[B, N] = {(x.shape[0], N)}", scores.shape)
+    require(scores.dtype.is_floating_point, OP, "scores", "floating point", scores.dtype)
+    require(scores.device == x.device, OP, "scores", f"on x's device {x.device}", scores.device)
+    require(isinstance(k, int) and 0 <= k <= N, OP, "k", f"an int in 0..{N}", k)
+    return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype), x, scores, k, prefix)
+
+
+def reference(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """The definition: a stable sort of the negated scores puts ties in order and NaN last."""
+    ids = (-scores.detach()).sort(dim=1, stable=True).indices[:, :k].sort(dim=1).values
+    return _gather(x, ids, prefix), ids
+
+
+def _gather(x: Tensor, ids: Tensor, prefix: int) -> Tensor:
+    B, N, C = x.shape
+    rows = torch.arange(B, device=x.device)[:, None] * N + prefix + ids
+    patches = x.reshape(B * N, C).index_select(0, rows.reshape(-1)).view(B, ids.shape[1], C)
+    return torch.cat([x[:, :prefix], patches], dim=1)
+
+
+def _forward(x, scores, k: int, prefix: int, backend: str) -> tuple[Tensor, Tensor]:
+    return find(OP, backend).run(x, scores, k, prefix)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, _, _, ctx.prefix, _ = inputs
+    ctx.shape = x.shape
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradient(ctx, dtokens, _):
+    ids, = ctx.saved_tensors
+    B, _, C = ctx.shape
+    index = torch.cat([torch.arange(ctx.prefix, device=ids.device).expand(B, -1), ids + ctx.prefix], dim=1)
+    dx = dtokens.new_zeros(ctx.shape).scatter(1, index[:, :, None].expand(-1, -1, C), dtokens)
+    return dx, None, None, None, None
+
+
+define(OP, "(Tensor x, Tensor scores, int k, int prefix, str backend) -> (Tensor, Tensor)", _forward,
+       lambda x, scores, k, prefix, backend: (x.new_empty(x.shape[0], prefix + k, x.shape[2]),
+                                              x.new_empty((x.shape[0], k), dtype=torch.int64)),
+       macs=lambda *_: 0)
+gradient(OP, _gradient, _setup)
+TABLES[OP] = (Backend("reference", reference, composite=True),)

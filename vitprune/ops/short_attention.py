@@ -1,0 +1,130 @@
+"""Attention over short sequences, read from the fused qkv buffer: a dense batch, or packed rows with cu_seqlens."""
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+
+OP = "short_attention"
+
+
+def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+                    scale: float | None = None) -> Tensor:
+    """softmax(q k^T * scale) v, written straight as rows of H*D channels.
+
+    Dense: qkv [B, N, 3*H*D] -> [B, N, H*D]. Packed: qkv [T, 3*H*D] with cu_seqlens int32 [B+1] -> [T, H*D]; sequence b is
+    rows cu_seqlens[b]:cu_seqlens[b+1], at most max_seqlen of them (needed there: it is never read back from the
+    device); rows past cu_seqlens[-1] give zero. scale: D^-0.5 by default.
+    Raises ValueError for arguments that do not fit together.
+    """
+    packed = cu_seqlens is not None
+    require(qkv.dim() == (2 if packed else 3), OP, "qkv", "[T, 3*H*D]" if packed else "[B, N, 3*H*D]", qkv.shape)
+    require(num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0, OP, "num_heads",
+            f"a positive divisor of {qkv.shape[-1]} / 3", num_heads)
+    if packed:
+        require(cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] > 0, OP, "cu_seqlens",
+                "int32 [B+1]", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        require(max_seqlen is not None and max_seqlen >= 0, OP, "max_seqlen", "an int >= 0 with cu_seqlens", max_seqlen)
+    D = qkv.shape[-1] // (3 * num_heads)
+    name = choose(OP, qkv.device, qkv.dtype, head_dim=D, packed=packed)
+    return call(OP, name, qkv, num_heads, cu_seqlens, max_seqlen or 0, D ** -0.5 if scale is None else scale)
+
+
+def reference(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
+    """The definition, in plain PyTorch, O(N^2) memory."""
+    padded, keep = _pad(qkv, cu_seqlens, max_seqlen)
+    q, k, v = _heads(padded, 3, num_heads)
+    return _unpad(_merge(_weights(q, k, keep, scale) @ v), cu_seqlens, qkv.shape[0])
+
+
+def library(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
+    """PyTorch's fused attention; packed rows one sequence at a time on a CPU, padded under a mask elsewhere."""
+    if cu_seqlens is not None and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = cu_seqlens.tolist()
+        lengths = [b - a for a, b in zip(ends, ends[1:])]
+        parts = [library(s[None], num_heads, None, 0, scale)[0] for s in qkv[:ends[-1]].split(lengths)]
+        return torch.cat([*parts, qkv.new_zeros(qkv.shape[0] - ends[-1], qkv.shape[1] // 3)])
+    padded, keep = _pad(qkv, cu_seqlens, max_seqlen)
+    q, k, v = _heads(padded, 3, num_heads)
+    mask = None if keep is None else keep[:, None, None, :]
+    return _unpad(_merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)), cu_seqlens, qkv.shape[0])
+
+
+def _pad(rows: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Tensor, Tensor | None]:
+    """Packed rows [T, X] -> [B, N, X] and the keys to attend, bool [B, N]; a dense batch passes through."""
+    if cu_seqlens is None:
+        return rows, None
+    offset = torch.arange(max_seqlen, device=rows.device)
+    keep = offset < (cu_seqlens[1:] - cu_seqlens[:-1])[:, None]
+    index = torch.where(keep, cu_seqlens[:-1, None] + offset, 0)
+    source = F.pad(rows, (0, 0, 0, 1)) if rows.shape[0] == 0 else rows
+    padded = source.index_select(0, index.flatten()).view(*index.shape, rows.shape[1])
+    return torch.where(keep[..., None], padded, 0), keep | (offset == 0)  # no row of the softmax may be empty
+
+
+def _unpad(padded: Tensor, cu_seqlens: Tensor | None, T: int) -> Tensor:
+    """[B, N, X] -> packed rows [T, X], zero past the last sequence; a dense batch passes through."""
+    if cu_seqlens is None:
+        return padded
+    B, N, X = padded.shape
+    row = torch.arange(T, device=padded.device, dtype=cu_seqlens.dtype)
+    sequence = (torch.searchsorted(cu_seqlens, row, right=True) - 1).clamp(max=B)
+    live = row < cu_seqlens[-1]
+    index = torch.where(live, sequence * N + row - cu_seqlens[sequence], 0)
+    return torch.where(live[:, None], F.pad(padded.reshape(B * N, X), (0, 0, 0, 1)).index_select(0, index), 0)
+
+
+def _heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:  # [B, N, parts*H*D] -> parts x [B, H, N, D]
+    B, N, X = x.shape
+    return x.reshape(B, N, parts, num_heads, X // (parts * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _merge(*parts: Tensor) -> Tensor:  # parts x [B, H, N, D] -> [B, N, parts*H*D]
+    return torch.stack(parts, 1).permute(0, 3, 1, 2, 4).flatten(2)
+
+
+def _weights(q: Tensor, k: Tensor, keep: Tensor | None, scale: float) -> Tensor:
+    scores = q @ k.transpose(-2, -1) * scale
+    if keep is not None:
+        scores = scores.masked_fill(~keep[:, None, None, :], -torch.inf)
+    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+
+
+def _backward(dout, qkv, num_heads: int, cu_seqlens, max_seqlen: int, scale: float, backend: str) -> Tensor:
+    """The weights are recomputed rather than stored."""
+    padded, keep = _pad(qkv, cu_seqlens, max_seqlen)
+    q, k, v = _heads(padded, 3, num_heads)
+    do, = _heads(_pad(dout, cu_seqlens, max_seqlen)[0], 1, num_heads)
+    a = _weights(q, k, keep, scale)
+    da = do @ v.transpose(-2, -1)
+    ds = a * (da - (a * da).sum(-1, keepdim=True)) * scale
+    return _unpad(_merge(ds @ k, ds.transpose(-2, -1) @ q, a.transpose(-2, -1) @ do), cu_seqlens, qkv.shape[0])
+
+
+def _setup(ctx, inputs, output) -> None:
+    qkv, ctx.num_heads, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(qkv, cu_seqlens)
+
+
+def _gradient(ctx, dout):
+    qkv, cu_seqlens = ctx.saved_tensors
+    dqkv = torch.ops.vitprune.short_attention_backward(
+        dout, qkv, ctx.num_heads, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.backend)
+    return dqkv, None, None, None, None, None
+
+
+def _macs(qkv, num_heads, cu_seqlens, max_seqlen, *_) -> int:
+    """Dense: exact. Packed: as if every sequence were max_seqlen long, since the lengths are on the device."""
+    B, N = qkv[:2] if cu_seqlens is None else (cu_seqlens[0] - 1, max_seqlen)
+    return 2 * B * N * N * qkv[-1] // 3
+
+
+define(OP, "(Tensor qkv, int num_heads, Tensor? cu_seqlens, int max_seqlen, float scale, str backend) -> Tensor",
+       lambda qkv, num_heads, cu_seqlens, max_seqlen, scale, backend: find(OP, backend).run(
+           qkv, num_heads, cu_seqlens, max_seqlen, scale),
+       lambda qkv, *_: qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3), cast=True, macs=_macs)
+define(OP + "_backward", "(Tensor dout, Tensor qkv, int num_heads, Tensor? cu_seqlens, int max_seqlen, float scale, "
+       "str backend) -> Tensor", _backward, lambda dout, qkv, *_: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
+       macs=lambda dout, *args: 5 * _macs(*args) // 2)
+gradient(OP, _gradient, _setup)
+TABLES[OP] = (Backend("library", library, composite=True), Backend("reference", reference, composite=True))

@@ -1,0 +1,89 @@
+"""A linear layer over the live blocks of its inputs or outputs only, read from the full weights."""
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+
+OP = "sliced_linear"
+
+
+def sliced_linear(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, *, side: str, width: int = 64) -> Tensor:
+    """A linear layer of which only some blocks of `width` rows (outputs) or columns (inputs) are live.
+
+    side="out": x [..., I], w [O, I], b [O] -> [..., L*width], the live outputs only.
+    side="in":  x [..., L*width], the live inputs only, w [O, I], b [O] -> [..., O].
+    live: int32 [L], ids of live blocks, each once (the length is known on the host). b may be None.
+    Gradients of dead weights are exactly zero. Raises ValueError for arguments that do not fit together.
+    """
+    require(side in ("in", "out"), OP, "side", "'in' or 'out'", repr(side))
+    require(w.dim() == 2, OP, "w", "[O, I]", w.shape)
+    sliced = w.shape[0 if side == "out" else 1]
+    require(width > 0 and sliced % width == 0, OP, "width", f"a divisor of {sliced}", width)
+    check_live(OP, live, sliced // width, x.device)
+    inputs = w.shape[1] if side == "out" else live.shape[0] * width
+    require(x.dim() > 0 and x.shape[-1] == inputs, OP, "x", f"[..., {inputs}]", x.shape)
+    require(b is None or b.shape == w.shape[:1], OP, "b", f"[O] = {tuple(w.shape[:1])}", b if b is None else b.shape)
+    return call(OP, choose(OP, x.device, x.dtype, width=width), x, w, b, live, side, width)
+
+
+def check_live(op: str, live: Tensor, blocks: int, device: torch.device) -> None:
+    """live must be int32 [L] with L <= blocks, on that device."""
+    require(live.dim() == 1 and live.dtype == torch.int32, op, "live", "int32 [L]", f"{live.dtype} {tuple(live.shape)}")
+    require(live.shape[0] <= blocks, op, "live", f"at most {blocks} block ids", live.shape[0])
+    require(live.device == device, op, "live", f"on x's device {device}", live.device)
+
+
+def block_index(live: Tensor, width: int) -> Tensor:
+    """Ids of live blocks [L] -> ids of their units [L*width], int64."""
+    return (live.long()[:, None] * width + torch.arange(width, device=live.device)).flatten()
+
+
+def reference(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, side: str, width: int) -> Tensor:
+    """The definition: gather the live weights, then the dense layer."""
+    index = block_index(live, width)
+    if side == "in":
+        return F.linear(x, w.index_select(1, index), b)
+    return F.linear(x, w.index_select(0, index), None if b is None else b.index_select(0, index))
+
+
+def _backward(dy, x, w, live, side: str, width: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dw, db; dead blocks of dw and db are zero."""
+    index, dim = block_index(live, width), 1 if side == "in" else 0
+    flat_y, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    dw = torch.zeros_like(w).index_copy(dim, index, (flat_y.t() @ flat_x).to(w.dtype))
+    db = flat_y.sum(0).to(w.dtype)
+    if side == "out":
+        db = w.new_zeros(w.shape[0]).index_copy(0, index, db)
+    return (flat_y @ w.index_select(dim, index)).view(x.shape), dw, db
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, w, b, live, ctx.side, ctx.width, ctx.backend = inputs
+    ctx.bias = b is not None
+    ctx.save_for_backward(x, w, live)
+
+
+def _gradient(ctx, dy):
+    dx, dw, db = torch.ops.vitprune.sliced_linear_backward(dy, *ctx.saved_tensors, ctx.side, ctx.width, ctx.backend)
+    return dx, dw, db if ctx.bias else None, None, None, None, None
+
+
+def _fake(x, w, b, live, side, width, backend):
+    return x.new_empty(*x.shape[:-1], w.shape[0] if side == "in" else live.shape[0] * width)
+
+
+def _macs(x, w, b, live, side, width, *_) -> int:
+    rows = 1
+    for n in x[:-1]:
+        rows *= n
+    return rows * live[0] * width * w[0 if side == "in" else 1]
+
+
+define(OP, "(Tensor x, Tensor w, Tensor? b, Tensor live, str side, int width, str backend) -> Tensor",
+       lambda x, w, b, live, side, width, backend: find(OP, backend).run(x, w, b, live, side, width), _fake, cast=True, macs=_macs)
+define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w, Tensor live, str side, int width, str backend) -> (Tensor, Tensor, Tensor)",
+       _backward, lambda dy, x, w, live, side, width, backend: (torch.empty_like(x), torch.empty_like(w), w.new_empty(w.shape[0])),
+       macs=lambda dy, x, w, live, side, width, *_: 2 * _macs(x, w, None, live, side, width))
+gradient(OP, _gradient, _setup)
+TABLES[OP] = (Backend("reference", reference, composite=True),)

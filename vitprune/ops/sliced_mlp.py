@@ -1,0 +1,83 @@
+"""The head-sliced fused MLP's other half: fc1, GELU and fc2 over the live hidden blocks only, from the full weights."""
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+from .sliced_linear import block_index, check_live
+
+OP = "sliced_mlp"
+
+
+def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor, *,
+               width: int = 64, residual: Tensor | None = None) -> Tensor:
+    """residual + fc2(gelu(fc1(x))) over the live blocks of hidden units; GELU is exact (erf).
+
+    x, residual [..., C]; w1 [F, C], b1 [F], w2 [C, F], b2 [C]; live int32 [L]: ids of live `width`-wide hidden blocks,
+    each once (the length is known on the host). b1, b2 and residual may be None. Returns [..., C].
+    Gradients of dead units are exactly zero. Raises ValueError for arguments that do not fit together.
+    """
+    require(w1.dim() == 2, OP, "w1", "[F, C]", w1.shape)
+    hidden, C = w1.shape
+    require(x.dim() > 0 and x.shape[-1] == C, OP, "x", f"[..., {C}]", x.shape)
+    require(w2.dim() == 2 and w2.shape[1] == hidden, OP, "w2", f"[C, F] with F = {hidden}", w2.shape)
+    for name, t, n in (("b1", b1, hidden), ("b2", b2, w2.shape[0])):
+        require(t is None or t.shape == (n,), OP, name, f"[{n}]", t if t is None else t.shape)
+    require(width > 0 and hidden % width == 0, OP, "width", f"a divisor of F = {hidden}", width)
+    check_live(OP, live, hidden // width, x.device)
+    out = (*x.shape[:-1], w2.shape[0])
+    require(residual is None or residual.shape == out, OP, "residual", f"{out}", residual if residual is None else residual.shape)
+    return call(OP, choose(OP, x.device, x.dtype, width=width), x, w1, b1, w2, b2, live, residual, width)
+
+
+def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor,
+              residual: Tensor | None, width: int) -> Tensor:
+    """The definition: gather the live weights, then the dense layers."""
+    index = block_index(live, width)
+    h = F.linear(x, w1.index_select(0, index), None if b1 is None else b1.index_select(0, index))
+    y = F.linear(F.gelu(h), w2.index_select(1, index), b2)
+    return y if residual is None else residual + y
+
+
+def _backward(dy, x, w1, b1, w2, live, width: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dw1, db1, dw2, db2; dead units are zero. The hidden layer is recomputed rather than stored."""
+    index = block_index(live, width)
+    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+    w1_live, w2_live = w1.index_select(0, index), w2.index_select(1, index)
+    h = F.linear(rows, w1_live, None if b1 is None else b1.index_select(0, index))
+    dh = torch.ops.aten.gelu_backward(dy @ w2_live, h)
+    scatter = lambda like, dim, values: torch.zeros_like(like).index_copy(dim, index, values)  # noqa: E731
+    return ((dh @ w1_live).view(x.shape), scatter(w1, 0, dh.t() @ rows), scatter(w1[:, 0], 0, dh.sum(0)),
+            scatter(w2, 1, dy.t() @ F.gelu(h)), dy.sum(0))
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, w1, b1, w2, b2, live, residual, ctx.width, ctx.backend = inputs
+    ctx.b2, ctx.residual = b2 is not None, residual is not None
+    ctx.save_for_backward(x, w1, b1, w2, live)
+
+
+def _gradient(ctx, dy):
+    x, w1, b1, w2, live = ctx.saved_tensors
+    dx, dw1, db1, dw2, db2 = torch.ops.vitprune.sliced_mlp_backward(dy, x, w1, b1, w2, live, ctx.width, ctx.backend)
+    return (dx, dw1, None if b1 is None else db1, dw2, db2 if ctx.b2 else None, None,
+            dy if ctx.residual else None, None, None)
+
+
+def _macs(x, w1, b1, w2, b2, live, residual, width, *_) -> int:
+    rows = 1
+    for n in x[:-1]:
+        rows *= n
+    return rows * live[0] * width * (w1[1] + w2[0])
+
+
+define(OP, "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor live, Tensor? residual, int width, str backend) -> Tensor",
+       lambda x, w1, b1, w2, b2, live, residual, width, backend: find(OP, backend).run(x, w1, b1, w2, b2, live, residual, width),
+       lambda x, w1, b1, w2, b2, live, residual, width, backend: x.new_empty(*x.shape[:-1], w2.shape[0]), cast=True, macs=_macs)
+define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor live, int width, str backend) "
+       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)", _backward,
+       lambda dy, x, w1, b1, w2, live, width, backend: (torch.empty_like(x), torch.empty_like(w1), w1.new_empty(w1.shape[0]),
+                                                        torch.empty_like(w2), w2.new_empty(w2.shape[0])),
+       macs=lambda dy, x, w1, b1, w2, live, width, *_: 5 * _macs(x, w1, None, w2, None, live, None, width) // 2)
+gradient(OP, _gradient, _setup)
+TABLES[OP] = (Backend("reference", reference, composite=True),)

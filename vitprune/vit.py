@@ -1,0 +1,279 @@
+"""A timm vision transformer whose tokens, heads and hidden units are pruned."""
+import copy
+import warnings
+from typing import NamedTuple
+
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import ops
+from .blocks import BlockPruning
+from .layers import PrunedAttention, PrunedBlock, PrunedMlp, adopt, compact_block
+from .tokens import TokenPredictor, TokenPruning, sample_policy
+
+
+class PrunedOutput(NamedTuple):
+    """What `pruned(images, details=True)` returns, for the losses."""
+    logits: Tensor
+    features: Tensor                # [B, N, C] after the final norm, without prefix tokens (evaluation: the kept ones)
+    keep: Tensor | None             # [B, N] 1 where a patch is kept after the last stage; None without token pruning
+    decisions: tuple[Tensor, ...]   # a stage: [B, N] straight-through keep decisions (training with a predictor)
+
+
+class _Stream(NamedTuple):
+    """A batch on its way through the blocks."""
+    x: Tensor                           # [B, P+n, C], or packed rows [R, C] with `mask`
+    policy: Tensor | None = None        # [B, P+N] training: keys to attend
+    kept: Tensor | None = None          # [B, n] ids of the patches that are left; None: all
+    mask: Tensor | None = None          # bool [B, P+N] adaptive counts: tokens that are left
+    cu_seqlens: Tensor | None = None    # int32 [B+1] adaptive counts
+    decisions: tuple[Tensor, ...] = ()
+    stages: tuple[Tensor, ...] = ()     # ids kept after each stage, on the original grid
+
+
+class _Pruned:
+    """What PrunedViT and PrunedDistilledViT add to their timm classes."""
+    tokens: TokenPruning | None = None
+
+    def _prepare(self) -> None:
+        self.blocks = nn.Sequential(*(b if isinstance(b, PrunedBlock) else adopt(PrunedBlock, b) for b in self.blocks))
+
+    def _set_tokens(self, tokens: TokenPruning) -> None:
+        self.__dict__.pop("keep_counts", None)
+        tokens.counts(self.patch_embed.num_patches, self.num_prefix_tokens)
+        replaced, self.tokens = self.tokens, tokens
+        if tokens.score != "predictor":
+            self._modules.pop("score_predictor", None)
+        elif replaced is None or replaced.score != "predictor" or replaced.at != tokens.at:
+            p = next(self.parameters())
+            self.score_predictor = nn.ModuleList(TokenPredictor(self.embed_dim) for _ in tokens.at).to(p.device, p.dtype)
+            self.score_predictor.train(self.training)
+            self.register_buffer("_untrained", self.score_predictor[0].out_conv[4].weight.detach().clone(), persistent=False)
+
+    @property
+    def keep_counts(self) -> list[int]:
+        """Patches kept after each stage, at the model's own image size."""
+        return self._counts(self.patch_embed.num_patches)
+
+    @property
+    def keep_ratios(self) -> list[float]:
+        """Target ratio of each stage, relative to the original patches."""
+        return [] if self.tokens is None else self.tokens.ratios(self.patch_embed.num_patches)
+
+    def _counts(self, num_patches: int) -> list[int]:
+        return [] if self.tokens is None else self.tokens.counts(num_patches, self.num_prefix_tokens)
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    def _stream(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> _Stream:
+        masked = attn_mask is not None or is_causal
+        if masked and self.tokens is not None:
+            raise ValueError("PrunedViT: attn_mask and is_causal must be off where tokens are pruned")
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+        state, scores = _Stream(x), None
+        at = () if self.tokens is None else self.tokens.at
+        asks = self.tokens is not None and self.tokens.score == "cls_attention"
+        num_patches = x.shape[1] - self.num_prefix_tokens
+        for i, block in enumerate(self.blocks):
+            if i in at:
+                state = self._prune_tokens(state, at.index(i), num_patches, scores)
+            options = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {"policy": state.policy}
+            if asks and i + 1 in at:
+                options["class_attention"] = True
+            if state.cu_seqlens is not None:
+                options |= {"cu_seqlens": state.cu_seqlens, "max_seqlen": num_patches + self.num_prefix_tokens}
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, state.x, use_reentrant=False, **options)
+            else:
+                x = block(state.x, **options)
+            x, scores = x if "class_attention" in options else (x, None)
+            state = state._replace(x=x)
+        x = self.norm(state.x)
+        if state.cu_seqlens is not None:
+            x = ops.expand_rows(x, state.cu_seqlens, state.mask)
+        return state._replace(x=x)
+
+    def _prune_tokens(self, state: _Stream, stage: int, num_patches: int, scores: Tensor | None) -> _Stream:
+        P, x = self.num_prefix_tokens, state.x
+        if self.tokens.score == "predictor" and self.training:
+            previous = None if state.policy is None else state.policy[:, P:]
+            decision = sample_policy(self.score_predictor[stage](x[:, P:], previous), previous)
+            policy = torch.cat([decision.new_ones(x.shape[0], P), decision], dim=1)
+            return state._replace(policy=policy, decisions=(*state.decisions, decision))
+        if self.tokens.threshold is not None:
+            return self._prune_adaptively(state, stage)
+        k = self._counts(num_patches)[stage]
+        if k == x.shape[1] - P:
+            ids = torch.arange(k, device=x.device).expand(x.shape[0], -1)
+        else:
+            if self.tokens.score == "predictor":
+                self._warn_untrained()
+                scores = self.score_predictor[stage](x[:, P:])[..., 0]
+            elif self.tokens.score == "cls_attention":
+                scores = scores[:, P:]
+            else:
+                scores = torch.rand(x.shape[0], x.shape[1] - P, device=x.device)
+            x, ids = ops.select_tokens(x, scores, k, prefix=P)
+        kept = ids if state.kept is None else state.kept.gather(1, ids)
+        return state._replace(x=x, kept=kept, stages=(*state.stages, kept))
+
+    def _prune_adaptively(self, state: _Stream, stage: int) -> _Stream:
+        """Keep what exceeds the threshold, image by image, as packed rows (the count differs between images)."""
+        self._warn_untrained()
+        P, x, before = self.num_prefix_tokens, state.x, None
+        if state.cu_seqlens is not None:
+            x, before = ops.expand_rows(x, state.cu_seqlens, state.mask), state.mask[:, P:]
+        score = self.score_predictor[stage](x[:, P:], before)[..., 0]
+        keep = score > torch.tensor(self.tokens.threshold, device=x.device).log()
+        if before is not None:
+            keep, score = keep & before, score.masked_fill(~before, -torch.inf)
+        if self.tokens.min_keep:
+            best = score.topk(self.tokens.min_keep, dim=1).indices
+            keep = keep.scatter(1, best, torch.ones_like(best, dtype=torch.bool))
+        mask = torch.cat([keep.new_ones(keep.shape[0], P), keep], dim=1)
+        rows, cu_seqlens = ops.compact_tokens(x, mask)
+        return state._replace(x=rows, mask=mask, cu_seqlens=cu_seqlens, stages=(*state.stages, keep))
+
+    def _warn_untrained(self) -> None:
+        if torch.compiler.is_compiling() or "_untrained" not in self._buffers:
+            return
+        if torch.equal(self._untrained, self.score_predictor[0].out_conv[4].weight):
+            warnings.warn("the token predictors are untrained: which tokens are kept is arbitrary (train them, load a "
+                          "checkpoint, or use score='cls_attention')", stacklevel=2)
+        self._buffers.pop("_untrained", None)  # asked once: no comparison on later calls
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images [B, 3, H, W] -> tokens [B, P+n, C] after the final norm; in evaluation the pruned ones are gone
+        (adaptive counts: zero)."""
+        return self._stream(x, attn_mask, is_causal).x
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
+                details: bool = False) -> Tensor | PrunedOutput:
+        """Images [B, 3, H, W] -> logits; with details, a PrunedOutput."""
+        state, P = self._stream(x, attn_mask, is_causal), self.num_prefix_tokens
+        policy = state.mask if state.policy is None else state.policy
+        logits = self.forward_head(state.x if policy is None else self._weigh(state.x, policy))
+        if not details:
+            return logits
+        keep = None if policy is None else policy[:, P:].detach().to(state.x.dtype)
+        if state.kept is not None:
+            keep = state.x.new_zeros(x.shape[0], self.patch_embed.num_patches).scatter(1, state.kept, 1.0)
+        return PrunedOutput(logits, state.x[:, P:], keep, state.decisions)
+
+    def _weigh(self, x: Tensor, policy: Tensor) -> Tensor:
+        """For average pooling: scale tokens so that the plain mean is the mean over kept ones."""
+        if self.global_pool != "avg":
+            return x
+        P = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        weight = policy[:, P:].to(x.dtype)
+        weight = weight / weight.sum(1, keepdim=True).clamp(min=1e-6) * weight.shape[1]
+        return torch.cat([x[:, :P], x[:, P:] * weight[..., None]], dim=1)
+
+    @torch.no_grad()
+    def trace_tokens(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] -> a stage: ids of the kept patches on the original grid, int64 [B, K_s], ascending; with
+        adaptive counts padded by -1. Evaluation only: raises RuntimeError in training mode."""
+        if self.training:
+            raise RuntimeError("trace_tokens: the model must be in evaluation mode (call model.eval()), it is in training mode")
+        stages = self._stream(images).stages
+        if stages and stages[0].dtype == torch.bool:
+            widths = [int(s.sum(1).max()) for s in stages]
+            order = [(~s).to(torch.uint8).sort(dim=1, stable=True).indices for s in stages]
+            return [torch.where(s.gather(1, o), o, -1)[:, :w] for s, o, w in zip(stages, order, widths)]
+        return list(stages)
+
+    # --- the rest of timm's interface --------------------------------------------------------------------------------
+
+    def forward_intermediates(self, x: Tensor, *args, **kwargs):
+        """timm's, for models that keep all their tokens; raises ValueError where tokens are gone."""
+        if self.tokens is not None:
+            raise ValueError("forward_intermediates: the model must keep all its tokens, but token pruning removes patches "
+                             f"before blocks {self.tokens.at}: there is no full grid to return")
+        return super().forward_intermediates(x, *args, **kwargs)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """timm's layer groups; the token predictors go with the last group."""
+        groups = super().group_matcher(coarse)
+        return groups | {"blocks": [*groups["blocks"], (r"^score_predictor", (99999,))]}
+
+
+class PrunedViT(_Pruned, VisionTransformer):
+    """A pruned timm `VisionTransformer`; made by `vitprune.prune`, never by its constructor."""
+
+
+class PrunedDistilledViT(_Pruned, VisionTransformerDistilled):
+    """A pruned timm `VisionTransformerDistilled`; made by `vitprune.prune`, never by its constructor."""
+
+
+_PRUNED = {VisionTransformer: PrunedViT, VisionTransformerDistilled: PrunedDistilledViT}
+
+
+def prune(model: nn.Module, tokens: TokenPruning | None = None, blocks: BlockPruning | None = None) -> PrunedViT:
+    """A new, pruned model from a timm vision transformer or from an already pruned one; the argument is untouched.
+
+    Parameter names stay timm's, so that checkpoints load; token predictors are `score_predictor.{stage}` in DynamicViT's
+    layout. In evaluation tokens really leave; in training a straight-through policy masks them. Blocks are chosen at once.
+    Raises TypeError for a model of another kind, ValueError for a part or a combination that is not supported.
+    """
+    if tokens is None and blocks is None:
+        raise ValueError("prune: tokens or blocks must be given, got neither")
+    for name, value, cls in (("tokens", tokens, TokenPruning), ("blocks", blocks, BlockPruning)):
+        if value is not None and not isinstance(value, cls):
+            raise TypeError(f"prune: {name} must be a {cls.__name__}, got {type(value).__name__}")
+    _check(model, tokens)
+    new = copy.deepcopy(model)
+    if type(new) in _PRUNED:
+        new = adopt(_PRUNED[type(new)], new)
+    if tokens is not None:
+        new._set_tokens(tokens)
+    if blocks is not None:
+        blocks.apply(new)
+    if new.tokens is not None and new.tokens.score == "cls_attention":
+        for i in new.tokens.at:
+            if new.blocks[i - 1].attn.live_heads == 0:
+                raise ValueError(f"prune: blocks must keep a head in block {i - 1}, whose class attention scores the tokens")
+    return new
+
+
+def _check(model: nn.Module, tokens: TokenPruning | None) -> None:
+    supported = (*_PRUNED, *_PRUNED.values())
+    if type(model) not in supported:
+        raise TypeError("prune: model must be a timm VisionTransformer or VisionTransformerDistilled, "
+                        f"got {type(model).__module__}.{type(model).__qualname__}")
+    for i, block in enumerate(model.blocks):
+        for name, part, known in (("", block, (Block, PrunedBlock)), (".attn", getattr(block, "attn", None), (Attention, PrunedAttention)),
+                                  (".mlp", getattr(block, "mlp", None), (Mlp, PrunedMlp))):
+            if type(part) not in known:
+                raise ValueError(f"prune: blocks.{i}{name} must be timm's {known[0].__name__}, got {type(part).__name__}")
+    if tokens is None:
+        return
+    if tokens.at[-1] >= len(model.blocks):
+        stage = next(s for s, i in enumerate(tokens.at) if i >= len(model.blocks))
+        raise ValueError(f"prune: at of stage {stage} must be a block in 0..{len(model.blocks) - 1}, got {tokens.at[stage]}")
+    if model.attn_pool is not None or model.global_pool not in ("token", "avg"):
+        raise ValueError(f"prune: global_pool must be 'token' or 'avg' where tokens are pruned, got {model.global_pool!r}")
+    if not isinstance(model.patch_drop, nn.Identity):
+        raise ValueError("prune: patch_drop_rate must be 0 where tokens are pruned")
+    if not model.has_class_token:
+        if tokens.score == "cls_attention":
+            raise ValueError("prune: score must not be 'cls_attention': the model has no class token")
+        if tokens.min_keep == 0:
+            raise ValueError("prune: min_keep must be > 0: the model has no class token to be left with")
+
+
+@torch.no_grad()
+def compact(model: PrunedViT) -> PrunedViT:
+    """A new model with the dead heads and hidden units physically gone; its outputs equal the masked model's.
+
+    It trains, saves and can be pruned again. Raises TypeError for a model that `prune` did not make.
+    """
+    if not isinstance(model, _Pruned):
+        raise TypeError(f"compact: model must come from vitprune.prune, got {type(model).__name__}")
+    new = copy.deepcopy(model)
+    for block in new.blocks:
+        compact_block(block)
+    return new
