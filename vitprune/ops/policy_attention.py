@@ -21,6 +21,8 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, scale: 
     Raises ValueError for arguments whose shapes, dtypes or devices do not fit together.
     """
     B, H, N, D = _check(q, k, v, policy, eps)
+    if q.numel() == 0:
+        return v.clone()
     name = choose(OP, q.device, q.dtype, head_dim=D)
     return call(OP, name, q, k, v, policy, D ** -0.5 if scale is None else scale, eps)[0]
 
@@ -72,10 +74,12 @@ def _weights(q: Tensor, k: Tensor, policy: Tensor, scale: float, eps: float) -> 
         e = (s - m).exp()
     else:
         own = torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
+        seen = own | (policy > 0)[:, None, None, :]
         s = q @ _finite(k, policy).transpose(-2, -1) * scale
         s = torch.where(own, ((q * k).sum(-1) * scale)[..., None], s)
-        m = s.masked_fill(~(own | (policy > 0)[:, None, None, :]), -torch.inf).amax(-1, keepdim=True).detach()
+        m = s.masked_fill(~seen, -torch.inf).amax(-1, keepdim=True).detach()
         e = (s - m).clamp(max=80.0).exp()  # a dropped key above every kept one: its policy's gradient stays finite
+        e = torch.where(seen, e, e.nan_to_num(0.0))
     return e, pairs, m, (e * pairs).sum(-1, keepdim=True)
 
 
@@ -126,6 +130,7 @@ def _backward(dout, q, k, v, policy, out, m, z, scale: float, eps: float, backen
 def _setup(ctx, inputs, output) -> None:
     q, k, v, policy, ctx.scale, ctx.eps, ctx.backend = inputs
     ctx.save_for_backward(q, k, v, policy, *output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _gradient(ctx, dout, dm, dz):
