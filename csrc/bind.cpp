@@ -1,0 +1,57 @@
+// The only file that knows Python. Tensors arrive as addresses, sizes and strides; vitprune/native.py checks them.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/select_tokens.h"
+#include "launch.h"
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <typename T>
+T *pointer(Address address) {
+  return reinterpret_cast<T *>(address);
+}
+
+SelectTokensParams select_tokens_params(Address x, Address scores, Address tokens, Address ids, py::tuple sizes,
+                                        py::tuple strides, long long units, int unit_bytes, int score_type) {
+  SelectTokensParams p{};
+  p.x = pointer<void>(x);
+  p.scores = pointer<void>(scores);
+  p.tokens = pointer<void>(tokens);
+  p.ids = pointer<long long>(ids);
+  p.B = sizes[0].cast<int>(), p.P = sizes[1].cast<int>(), p.N = sizes[2].cast<int>(), p.K = sizes[3].cast<int>();
+  p.x_batch = strides[0].cast<long long>(), p.x_token = strides[1].cast<long long>();
+  p.x_unit = strides[2].cast<long long>();
+  p.score_batch = strides[3].cast<long long>(), p.score_token = strides[4].cast<long long>();
+  p.units = units, p.unit_bytes = unit_bytes, p.score_type = score_type;
+  return p;
+}
+
+void select_tokens_cuda(const Kernel *kernel, Address stream, SelectTokensParams p, int processors) {
+  constexpr int max_rows = 256;  // MAX_ROWS of csrc/cuda/select_tokens.cu
+  const int rows = p.P + p.K;
+  // Two blocks for each multiprocessor, and at least a row for each of a block's warps.
+  const int tiles = std::max(1, 2 * processors / p.B), threads = p.N <= 256 ? 256 : 1024;
+  p.rows = std::min(max_rows, std::max((rows + tiles - 1) / tiles, threads / 32));
+  const Grid grid{unsigned(p.B), unsigned((rows + p.rows - 1) / p.rows), unsigned(threads), 0};
+  launch_kernel(kernel, grid, pointer<void>(stream), &p);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  py::class_<Kernel, std::unique_ptr<Kernel, py::nodelete>>(m, "Kernel");
+  m.def("load_kernel", [](py::bytes image, const std::string &name, int device) {
+    return load_kernel(image, name, device);
+  }, py::return_value_policy::reference);
+  m.def("driver_version", &driver_version);
+
+  py::class_<SelectTokensParams>(m, "SelectTokensParams").def(py::init(&select_tokens_params));
+  m.def("select_tokens_cpu", &select_tokens_cpu, py::call_guard<py::gil_scoped_release>());
+  m.def("select_tokens_cuda", &select_tokens_cuda, py::call_guard<py::gil_scoped_release>());
+}

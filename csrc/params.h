@@ -1,0 +1,19 @@
+// One plain struct per operator, shared by device and host: pointers (shape in a trailing comment), sizes, strides in bytes.
+// No standard header: NVRTC has none.
+#pragma once
+
+enum ScoreType { SCORE_F16 = 0, SCORE_BF16 = 1, SCORE_F32 = 2, SCORE_F64 = 3 };
+
+struct SelectTokensParams {
+  const void *x;       // [B, P+N, C], any strides
+  const void *scores;  // [B, N], any strides
+  void *tokens;        // [B, P+K, C], contiguous
+  long long *ids;      // [B, K], contiguous
+  long long x_batch, x_token, x_unit;
+  long long score_batch, score_token;
+  long long units;  // a row of x is that many units of unit_bytes, x_unit apart
+  int unit_bytes;   // 1, 2, 4, 8 or 16
+  int score_type;   // ScoreType
+  int B, P, N, K;
+  int rows;  // output rows a thread block copies (CUDA)
+};

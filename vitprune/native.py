@@ -1,0 +1,125 @@
+"""The compiled backends: the C++ extension `_native`, and CUDA kernels from shipped cubins or NVRTC."""
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import nvrtc
+
+try:
+    from . import _native
+except ImportError as error:  # installed without a C++ compiler, or on a system the extension is not built for
+    _native, _missing = None, f"the C++ extension is not installed ({error}): reinstall where a C++ compiler is found"
+else:
+    _missing = None
+
+SCORE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # ScoreType in csrc/params.h
+LIMIT = 2 ** 31 - 1
+
+
+def reason_cpp(device: torch.device) -> str | None:
+    """Why the C++ backends cannot serve that device, or None."""
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device.type}"
+    return _missing
+
+
+def reason_cuda(device: torch.device, op: str) -> str | None:
+    """Why the CUDA C++ backend of operator `op` cannot serve that device, or None."""
+    if device.type != "cuda":
+        return f"runs on an NVIDIA GPU, not on {device.type}"
+    if torch.version.hip:
+        return "runs on an NVIDIA GPU; this torch is built for ROCm"
+    if _missing:
+        return _missing
+    if cubin_path(op, torch.cuda.get_device_capability(device)) is None and nvrtc.library() is None:
+        return f"{nvrtc.MISSING}, and no cubin was built for this card when installed"
+    return None
+
+
+def cubins() -> dict[str, list[str]]:
+    """Architectures of the cubins that came with the install, by operator."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(_cubin_folder().glob("*.cubin")) if _native else ():
+        op, arch, _ = path.name.rsplit(".", 2)
+        found.setdefault(op, []).append(arch)
+    return found
+
+
+def cubin_path(op: str, capability: tuple[int, int]) -> Path | None:
+    """The shipped cubin that a card of that compute capability runs: same major, the highest minor up to its own."""
+    major, minor = capability
+    candidates = (_cubin_folder() / f"{op}.sm{major}{m}.cubin" for m in range(minor, -1, -1)) if _native else ()
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _cubin_folder() -> Path:  # beside the extension: an editable install keeps both away from the sources
+    return Path(_native.__file__).parent / "cubins"
+
+
+@functools.cache
+def kernel(op: str, index: int):
+    """The kernel `op`, loaded on CUDA device `index`. Raises RuntimeError naming the operator and what failed."""
+    capability = torch.cuda.get_device_capability(index)
+    path = cubin_path(op, capability)
+    image = path.read_bytes() if path else nvrtc.compiled(op, capability)
+    return _native.load_kernel(image, op, index)
+
+
+def refuses_cpp(device: torch.device, dtype: torch.dtype, *, scores: torch.dtype = torch.float32, **_) -> str | None:
+    """Why `select_tokens_cpp` cannot serve, or None. dtype: of x, any; scores: the dtype of the scores."""
+    return reason_cpp(device) or _refuses_scores(scores)
+
+
+def refuses_cuda(device: torch.device, dtype: torch.dtype, *, scores: torch.dtype = torch.float32, **_) -> str | None:
+    """Why `select_tokens_cuda` cannot serve, or None. dtype: of x, any; scores: the dtype of the scores."""
+    return reason_cuda(device, "select_tokens") or _refuses_scores(scores)
+
+
+def _refuses_scores(dtype: torch.dtype) -> str | None:
+    return None if dtype in SCORE_TYPES else f"no kernel for scores of {dtype}"
+
+
+def select_tokens_cpp(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """`vitprune.ops.select_tokens` in C++, with as many threads as torch uses."""
+    tokens, ids, params = _select_tokens(x, scores, k, prefix)
+    if params is not None:
+        _native.select_tokens_cpu(params, torch.get_num_threads())
+    return tokens, ids
+
+
+def select_tokens_cuda(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """`vitprune.ops.select_tokens` in CUDA C++: one launch on the current stream of x's device."""
+    tokens, ids, params = _select_tokens(x, scores, k, prefix)
+    if params is not None:
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        _native.select_tokens_cuda(kernel("select_tokens", x.device.index), stream, params, _processors(x.device.index))
+    return tokens, ids
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _select_tokens(x: Tensor, scores: Tensor, k: int, prefix: int):
+    """Outputs and kernel parameters; None for parameters where there is nothing to write."""
+    B, N, C = x.shape
+    tokens = torch.empty(B, prefix + k, C, dtype=x.dtype, device=x.device)
+    ids = torch.empty(B, k, dtype=torch.int64, device=x.device)
+    if B == 0 or prefix + k == 0:
+        return tokens, ids, None
+    if max(B, N) > LIMIT:
+        raise ValueError(f"select_tokens: B and P+N must be at most {LIMIT}, got {B} and {N}")
+    size = x.element_size()
+    batch, token, channel = (s * size for s in x.stride())
+    unit = size
+    if channel == size:  # rows are contiguous: copy the widest unit that every row's start and length allow
+        bits = x.data_ptr() | tokens.data_ptr() | batch | token | C * size | 16
+        unit = channel = bits & -bits
+    strides = (batch, token, channel, *(s * scores.element_size() for s in scores.stride()))
+    params = _native.SelectTokensParams(x.data_ptr(), scores.data_ptr(), tokens.data_ptr(), ids.data_ptr(),
+                                        (B, prefix, N - prefix, k), strides, C * size // unit, unit,
+                                        SCORE_TYPES[scores.dtype])
+    return tokens, ids, params
