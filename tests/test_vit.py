@@ -47,7 +47,8 @@ def x():
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_small_distilled_patch16_224", "deit3_small_patch16_224",
-                                  "vit_medium_patch16_gap_240", "vit_little_patch16_reg4_gap_256", "vit_small_patch14_reg4_dinov2", "vit_tiny_r_s16_p8_224", "vit_wee_patch16_reg1_gap_256",
+                                  "vit_medium_patch16_gap_240", "vit_little_patch16_reg4_gap_256", "vit_small_patch14_reg4_dinov2",
+                                  "vit_tiny_r_s16_p8_224", "vit_wee_patch16_reg1_gap_256",
                                   "vit_small_patch32_384", "vit_base_patch32_clip_224"])
 @torch.no_grad()
 def test_nothing_pruned_is_timm(name):
