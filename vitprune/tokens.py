@@ -72,6 +72,7 @@ class TokenPruning:
 
     def counts(self, num_patches: int, prefix: int) -> list[int]:
         """Patches kept after each stage; raises ValueError naming the stage that keeps too few or too many."""
+        num_patches = int(num_patches)  # torch.jit.trace hands sizes as tensors, whose products round in float32
         counts, before = [], num_patches
         for s, r in enumerate(self._entries()):
             k = r if isinstance(r, int) and isinstance(self.keep, tuple) else max(0, int(num_patches * r))
