@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+from .registry import Backend, call, choose, define, fail, find, gradient, serve
 
 OP = "add_norm"
 
@@ -15,9 +15,9 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, e
     x, residual [..., C]; weight, bias, gamma [C] (bias and gamma may be None). Returns (s, normalised), both [..., C].
     Raises ValueError for shapes that do not fit together.
     """
-    require(residual.shape == x.shape, OP, "residual", f"like x, {tuple(x.shape)}", residual.shape)
+    residual.shape == x.shape or fail(OP, "residual", f"like x, {tuple(x.shape)}", residual.shape)
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
-        require(t is None or t.shape == x.shape[-1:], OP, name, f"[C] = {tuple(x.shape[-1:])}", t if t is None else t.shape)
+        t is None or t.shape == x.shape[-1:] or fail(OP, name, f"[C] = {tuple(x.shape[-1:])}", t if t is None else t.shape)
     return call(OP, choose(OP, x.device, x.dtype), x, residual, weight, bias, gamma, eps)
 
 
@@ -72,4 +72,4 @@ define(OP + "_backward", "(Tensor ds, Tensor dy, Tensor s, Tensor residual, Tens
            torch.empty(s.shape, dtype=s.dtype, device=s.device), torch.empty(s.shape, dtype=residual.dtype, device=s.device),
            *(torch.empty(weight.shape, dtype=weight.dtype, device=s.device) for _ in range(3))), macs=lambda *_: 0)
 gradient(OP, _gradient, _setup)
-TABLES[OP] = (Backend("reference", reference, composite=True),)
+serve(OP, Backend("reference", reference, composite=True))

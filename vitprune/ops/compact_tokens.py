@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+from .registry import Backend, call, choose, define, fail, find, gradient, serve
 
 OP, INVERSE = "compact_tokens", "expand_rows"
 
@@ -16,7 +16,7 @@ def compact_tokens(x: Tensor, keep: Tensor, *, capacity: int | None = None) -> t
     Raises ValueError for shapes that do not fit; more kept tokens than capacity raise RuntimeError (on a GPU: later).
     """
     _check(OP, x, "x", keep)
-    require(capacity is None or capacity >= 0, OP, "capacity", ">= 0", capacity)
+    capacity is None or capacity >= 0 or fail(OP, "capacity", ">= 0", capacity)
     if capacity is None:
         static = x.device.type != "cpu" or torch.compiler.is_compiling()
         capacity = keep.numel() if static else int(keep.sum())
@@ -28,17 +28,17 @@ def expand_rows(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, *, fill: float =
 
     Raises ValueError for shapes that do not fit together.
     """
-    require(rows.dim() == 2, INVERSE, "rows", "[R, C]", rows.shape)
-    require(keep.dim() == 2 and keep.dtype == torch.bool, INVERSE, "keep", "bool [B, N]", f"{keep.dtype} {tuple(keep.shape)}")
-    require(cu_seqlens.shape == (keep.shape[0] + 1,), INVERSE, "cu_seqlens", f"[B+1] = {(keep.shape[0] + 1,)}", cu_seqlens.shape)
+    rows.dim() == 2 or fail(INVERSE, "rows", "[R, C]", rows.shape)
+    (keep.dim() == 2 and keep.dtype == torch.bool) or fail(INVERSE, "keep", "bool [B, N]", f"{keep.dtype} {tuple(keep.shape)}")
+    cu_seqlens.shape == (keep.shape[0] + 1,) or fail(INVERSE, "cu_seqlens", f"[B+1] = {(keep.shape[0] + 1,)}", cu_seqlens.shape)
     return call(INVERSE, choose(INVERSE, rows.device, rows.dtype), rows, cu_seqlens, keep, fill)
 
 
 def _check(op: str, x: Tensor, name: str, keep: Tensor) -> None:
-    require(x.dim() == 3, op, name, "[B, N, C]", x.shape)
-    require(keep.dtype == torch.bool, op, "keep", "bool", keep.dtype)
-    require(keep.shape == x.shape[:2], op, "keep", f"[B, N] = {tuple(x.shape[:2])}", keep.shape)
-    require(keep.device == x.device, op, "keep", f"on {name}'s device {x.device}", keep.device)
+    x.dim() == 3 or fail(op, name, "[B, N, C]", x.shape)
+    keep.dtype == torch.bool or fail(op, "keep", "bool", keep.dtype)
+    keep.shape == x.shape[:2] or fail(op, "keep", f"[B, N] = {tuple(x.shape[:2])}", keep.shape)
+    keep.device == x.device or fail(op, "keep", f"on {name}'s device {x.device}", keep.device)
 
 
 def _sequence_starts(keep: Tensor) -> Tensor:
@@ -96,5 +96,5 @@ define(INVERSE, "(Tensor rows, Tensor cu_seqlens, Tensor keep, float fill, str b
        lambda rows, cu_seqlens, keep, fill, backend: rows.new_empty(*keep.shape, rows.shape[1]), macs=lambda *_: 0)
 gradient(OP, _gradient, _setup)
 gradient(INVERSE, _expand_gradient, _expand_setup)
-TABLES[OP] = (Backend("reference", reference, composite=True),)
-TABLES[INVERSE] = (Backend("reference", expand_reference, composite=True),)
+serve(OP, Backend("reference", reference, composite=True))
+serve(INVERSE, Backend("reference", expand_reference, composite=True))

@@ -5,7 +5,7 @@ Source: Rao et al., DynamicViT (2021), eq. 8-11, with the official code's eps.
 import torch
 from torch import Tensor
 
-from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+from .registry import Backend, call, choose, define, fail, find, gradient, serve
 
 OP = "policy_attention"
 
@@ -28,17 +28,17 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, scale: 
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float) -> torch.Size:
-    require(q.dim() == 4, OP, "q", "[B, H, N, D]", q.shape)
+    q.dim() == 4 or fail(OP, "q", "[B, H, N, D]", q.shape)
     for name, t in (("k", k), ("v", v)):
-        require(t.shape == q.shape, OP, name, f"like q, {tuple(q.shape)}", t.shape)
-        require(t.dtype == q.dtype, OP, name, f"of q's dtype {q.dtype}", t.dtype)
-        require(t.device == q.device, OP, name, f"on q's device {q.device}", t.device)
-    require(q.dtype.is_floating_point, OP, "q", "floating point", q.dtype)
+        t.shape == q.shape or fail(OP, name, f"like q, {tuple(q.shape)}", t.shape)
+        t.dtype == q.dtype or fail(OP, name, f"of q's dtype {q.dtype}", t.dtype)
+        t.device == q.device or fail(OP, name, f"on q's device {q.device}", t.device)
+    q.dtype.is_floating_point or fail(OP, "q", "floating point", q.dtype)
     expected = (q.shape[0], q.shape[2])
-    require(policy.shape == expected, OP, "policy", f"[B, N] = {expected}", policy.shape)
-    require(policy.dtype.is_floating_point, OP, "policy", "floating point (a boolean mask has no gradient)", policy.dtype)
-    require(policy.device == q.device, OP, "policy", f"on q's device {q.device}", policy.device)
-    require(eps >= 0, OP, "eps", ">= 0", eps)
+    policy.shape == expected or fail(OP, "policy", f"[B, N] = {expected}", policy.shape)
+    policy.dtype.is_floating_point or fail(OP, "policy", "floating point (a boolean mask has no gradient)", policy.dtype)
+    policy.device == q.device or fail(OP, "policy", f"on q's device {q.device}", policy.device)
+    eps >= 0 or fail(OP, "eps", ">= 0", eps)
     return q.shape
 
 
@@ -154,4 +154,4 @@ define(OP + "_backward", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor pol
        lambda dout, q, k, v, policy, *_: tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, policy)),
        macs=lambda dout, q, *_: 5 * q[0] * q[1] * q[2] ** 2 * q[3])
 gradient(OP, _gradient, _setup)
-TABLES[OP] = (Backend("reference", reference, composite=True),)
+serve(OP, Backend("reference", reference, composite=True))

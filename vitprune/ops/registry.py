@@ -4,13 +4,14 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("vitprune", "DEF")
-TABLES: dict[str, tuple["Backend", ...]] = {}  # operator -> backends, the fastest measured first
+TABLES: dict[str, dict[str, "Backend"]] = {}   # operator -> backends by name, the fastest measured first
 MACS: dict[str, Callable[..., int]] = {}       # operator -> multiply-accumulates from the shapes of its arguments
 _local = threading.local()
 
@@ -36,7 +37,7 @@ def backend(name: str) -> Iterator[None]:
     Raises ValueError for a name no operator knows. An operator that has the backend but cannot use it raises
     RuntimeError with the reason; an operator that does not have it chooses as always.
     """
-    known = sorted({b.name for table in TABLES.values() for b in table})
+    known = sorted({name for table in TABLES.values() for name in table})
     if name not in known:
         raise ValueError(f"backend: name must be one of {', '.join(known)}, got {name!r}")
     previous, _local.forced = getattr(_local, "forced", None), name
@@ -50,15 +51,14 @@ def backend(name: str) -> Iterator[None]:
 def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
     """The name of the backend that serves operator `op` on that device and dtype; `facts` are static sizes."""
     if torch.compiler.is_exporting():  # an exported graph must run where this package is not installed
-        return next(b.name for b in TABLES[op] if b.composite)
+        return next(b.name for b in TABLES[op].values() if b.composite)
     return _choose(op, device, dtype, tuple(facts.items()), getattr(_local, "forced", None))
 
 
 @functools.lru_cache(maxsize=1024)
 def _choose(op: str, device: torch.device, dtype: torch.dtype, facts: tuple, forced: str | None) -> str:
-    for entry in TABLES[op]:
-        if forced not in (None, entry.name) and any(b.name == forced for b in TABLES[op]):
-            continue
+    table = TABLES[op]
+    for entry in (table[forced],) if forced in table else table.values():
         reason = entry.refuses(device, dtype, **dict(facts))
         if reason is None:
             return entry.name
@@ -69,17 +69,22 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, facts: tuple, for
 
 def table(op: str, device: torch.device, dtype: torch.dtype = torch.float32, **facts) -> dict[str, str | None]:
     """Every backend of `op` with its reason to refuse that device and dtype (None: it can run), in order of choice."""
-    return {b.name: b.refuses(device, dtype, **facts) for b in TABLES[op]}
+    return {b.name: b.refuses(device, dtype, **facts) for b in TABLES[op].values()}
+
+
+def serve(op: str, *backends: Backend) -> None:
+    """Set the table of `op`: its backends in order of choice."""
+    TABLES[op] = {b.name: b for b in backends}
 
 
 def find(op: str, name: str) -> Backend:
     """The backend of that name in the table of `op`."""
-    return next(b for b in TABLES[op] if b.name == name)
+    return TABLES[op][name]
 
 
 def call(op: str, name: str, *args):
     """Run a backend chosen before: composite ones directly, kernels through the dispatcher (gradient, fake, autocast)."""
-    entry = find(op, name)
+    entry = TABLES[op][name]
     return entry.run(*args) if entry.composite else getattr(torch.ops.vitprune, op)(*args, name)
 
 
@@ -117,8 +122,7 @@ def gradient(op: str, backward: Callable, setup: Callable) -> None:
     torch.library.register_autograd(f"vitprune::{op}", backward, setup_context=setup, lib=LIBRARY)
 
 
-def require(condition: bool, op: str, argument: str, expected: str, got) -> None:
-    """Raise ValueError `op: argument must be expected, got got` unless the condition holds."""
-    if not condition:
-        got = tuple(got) if isinstance(got, torch.Size) else got
-        raise ValueError(f"{op}: {argument} must be {expected}, got {got}")
+def fail(op: str, argument: str, expected: str, got) -> NoReturn:
+    """Raise ValueError `op: argument must be expected, got got`; written `condition or fail(...)`: its text costs only then."""
+    got = tuple(got) if isinstance(got, torch.Size) else got
+    raise ValueError(f"{op}: {argument} must be {expected}, got {got}")

@@ -6,7 +6,8 @@ attention unchanged and makes ties and NaN well defined.
 import torch
 from torch import Tensor
 
-from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+from .. import native
+from .registry import Backend, call, choose, define, fail, find, gradient, serve
 
 OP = "select_tokens"
 
@@ -18,15 +19,15 @@ def select_tokens(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1) -> tupl
     int64 in 0..N-1, ascending. Ties go to the lower index; NaN ranks below everything. The gradient reaches x only.
     Raises ValueError for shapes that do not fit together and for k outside 0..N.
     """
-    require(x.dim() == 3, OP, "x", "[B, P+N, C]", x.shape)
-    require(x.dtype.is_floating_point, OP, "x", "floating point", x.dtype)
-    require(0 <= prefix <= x.shape[1], OP, "prefix", f"in 0..{x.shape[1]}, the number of tokens", prefix)
+    x.dim() == 3 or fail(OP, "x", "[B, P+N, C]", x.shape)
+    x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
+    0 <= prefix <= x.shape[1] or fail(OP, "prefix", f"in 0..{x.shape[1]}, the number of tokens", prefix)
     N = x.shape[1] - prefix
-    require(scores.shape == (x.shape[0], N), OP, "scores", f"[B, N] = {(x.shape[0], N)}", scores.shape)
-    require(scores.dtype.is_floating_point, OP, "scores", "floating point", scores.dtype)
-    require(scores.device == x.device, OP, "scores", f"on x's device {x.device}", scores.device)
-    require(isinstance(k, int) and 0 <= k <= N, OP, "k", f"an int in 0..{N}", k)
-    return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype), x, scores, k, prefix)
+    scores.shape == (x.shape[0], N) or fail(OP, "scores", f"[B, N] = {(x.shape[0], N)}", scores.shape)
+    scores.dtype.is_floating_point or fail(OP, "scores", "floating point", scores.dtype)
+    scores.device == x.device or fail(OP, "scores", f"on x's device {x.device}", scores.device)
+    (isinstance(k, int) and 0 <= k <= N) or fail(OP, "k", f"an int in 0..{N}", k)
+    return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype, patches=N), x, scores, k, prefix)
 
 
 def reference(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor]:
@@ -66,4 +67,23 @@ define(OP, "(Tensor x, Tensor scores, int k, int prefix, str backend) -> (Tensor
                                               x.new_empty((x.shape[0], k), dtype=torch.int64)),
        macs=lambda *_: 0)
 gradient(OP, _gradient, _setup)
-TABLES[OP] = (Backend("reference", reference, composite=True),)
+
+
+def _triton(*args):  # Triton is slow to import: only when it is asked for
+    from ..kernels import select_tokens as triton
+    return triton.launch(*args)
+
+
+def _triton_refuses(device, dtype, **facts) -> str | None:
+    from .. import kernels
+    if reason := kernels.reason(device):
+        return reason
+    from ..kernels import select_tokens as triton
+    return triton.refuses(device, dtype, **facts)
+
+
+# C++ is the fastest measured on CPUs; on a GPU nothing has been measured, so PyTorch's own calls come first.
+serve(OP, Backend("cpp", native.select_tokens_cpp, refuses=native.refuses_cpp),
+      Backend("reference", reference, composite=True),
+      Backend("cuda", native.select_tokens_cuda, refuses=native.refuses_cuda),
+      Backend("triton", _triton, refuses=_triton_refuses))

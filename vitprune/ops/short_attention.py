@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+from .registry import Backend, call, choose, define, fail, find, gradient, serve
 
 OP = "short_attention"
 
@@ -18,13 +18,13 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
     Raises ValueError for arguments that do not fit together.
     """
     packed = cu_seqlens is not None
-    require(qkv.dim() == (2 if packed else 3), OP, "qkv", "[T, 3*H*D]" if packed else "[B, N, 3*H*D]", qkv.shape)
-    require(num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0, OP, "num_heads",
-            f"a positive divisor of {qkv.shape[-1]} / 3", num_heads)
+    qkv.dim() == (2 if packed else 3) or fail(OP, "qkv", "[T, 3*H*D]" if packed else "[B, N, 3*H*D]", qkv.shape)
+    (num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0) or fail(OP, "num_heads", f"a positive divisor of {qkv.shape[-1]} / 3",
+        num_heads)
     if packed:
-        require(cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] > 0, OP, "cu_seqlens",
-                "int32 [B+1]", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-        require(max_seqlen is not None and max_seqlen >= 0, OP, "max_seqlen", "an int >= 0 with cu_seqlens", max_seqlen)
+        (cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] > 0) or fail(OP, "cu_seqlens",
+            "int32 [B+1]", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        (max_seqlen is not None and max_seqlen >= 0) or fail(OP, "max_seqlen", "an int >= 0 with cu_seqlens", max_seqlen)
     D = qkv.shape[-1] // (3 * num_heads)
     name = choose(OP, qkv.device, qkv.dtype, head_dim=D, packed=packed)
     return call(OP, name, qkv, num_heads, cu_seqlens, max_seqlen or 0, D ** -0.5 if scale is None else scale)
@@ -34,7 +34,7 @@ def reference(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen
     """The definition, in plain PyTorch, O(N^2) memory."""
     padded, keep = _pad(qkv, cu_seqlens, max_seqlen)
     q, k, v = _heads(padded, 3, num_heads)
-    return _unpad(_merge(_weights(q, k, keep, scale) @ v), cu_seqlens, qkv.shape[0])
+    return _unpad((_weights(q, k, keep, scale) @ v).transpose(1, 2).flatten(2), cu_seqlens, qkv.shape[0])
 
 
 def library(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
@@ -47,7 +47,8 @@ def library(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: 
     padded, keep = _pad(qkv, cu_seqlens, max_seqlen)
     q, k, v = _heads(padded, 3, num_heads)
     mask = None if keep is None else keep[:, None, None, :]
-    return _unpad(_merge(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)), cu_seqlens, qkv.shape[0])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return _unpad(out.transpose(1, 2).flatten(2), cu_seqlens, qkv.shape[0])
 
 
 def _pad(rows: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Tensor, Tensor | None]:
@@ -79,10 +80,6 @@ def _heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:  # [B, 
     return x.reshape(B, N, parts, num_heads, X // (parts * num_heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _merge(*parts: Tensor) -> Tensor:  # parts x [B, H, N, D] -> [B, N, parts*H*D]
-    return torch.stack(parts, 1).permute(0, 3, 1, 2, 4).flatten(2)
-
-
 def _weights(q: Tensor, k: Tensor, keep: Tensor | None, scale: float) -> Tensor:
     scores = q @ k.transpose(-2, -1) * scale
     if keep is not None:
@@ -98,7 +95,8 @@ def _backward(dout, qkv, num_heads: int, cu_seqlens, max_seqlen: int, scale: flo
     a = _weights(q, k, keep, scale)
     da = do @ v.transpose(-2, -1)
     ds = a * (da - (a * da).sum(-1, keepdim=True)) * scale
-    return _unpad(_merge(ds @ k, ds.transpose(-2, -1) @ q, a.transpose(-2, -1) @ do), cu_seqlens, qkv.shape[0])
+    grads = torch.stack((ds @ k, ds.transpose(-2, -1) @ q, a.transpose(-2, -1) @ do), 1)  # [B, 3, H, N, D]
+    return _unpad(grads.permute(0, 3, 1, 2, 4).flatten(2), cu_seqlens, qkv.shape[0])
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -127,4 +125,4 @@ define(OP + "_backward", "(Tensor dout, Tensor qkv, int num_heads, Tensor? cu_se
        "str backend) -> Tensor", _backward, lambda dout, qkv, *_: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
        macs=lambda dout, *args: 5 * _macs(*args) // 2)
 gradient(OP, _gradient, _setup)
-TABLES[OP] = (Backend("library", library, composite=True), Backend("reference", reference, composite=True))
+serve(OP, Backend("library", library, composite=True), Backend("reference", reference, composite=True))

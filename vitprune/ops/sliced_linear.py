@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+from .registry import Backend, call, choose, define, fail, find, gradient, serve
 
 OP = "sliced_linear"
 
@@ -16,22 +16,22 @@ def sliced_linear(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, *, side:
     live: int32 [L], ids of live blocks, each once (the length is known on the host). b may be None.
     Gradients of dead weights are exactly zero. Raises ValueError for arguments that do not fit together.
     """
-    require(side in ("in", "out"), OP, "side", "'in' or 'out'", repr(side))
-    require(w.dim() == 2, OP, "w", "[O, I]", w.shape)
+    side in ("in", "out") or fail(OP, "side", "'in' or 'out'", repr(side))
+    w.dim() == 2 or fail(OP, "w", "[O, I]", w.shape)
     sliced = w.shape[0 if side == "out" else 1]
-    require(width > 0 and sliced % width == 0, OP, "width", f"a divisor of {sliced}", width)
+    (width > 0 and sliced % width == 0) or fail(OP, "width", f"a divisor of {sliced}", width)
     check_live(OP, live, sliced // width, x.device)
     inputs = w.shape[1] if side == "out" else live.shape[0] * width
-    require(x.dim() > 0 and x.shape[-1] == inputs, OP, "x", f"[..., {inputs}]", x.shape)
-    require(b is None or b.shape == w.shape[:1], OP, "b", f"[O] = {tuple(w.shape[:1])}", b if b is None else b.shape)
+    (x.dim() > 0 and x.shape[-1] == inputs) or fail(OP, "x", f"[..., {inputs}]", x.shape)
+    b is None or b.shape == w.shape[:1] or fail(OP, "b", f"[O] = {tuple(w.shape[:1])}", b if b is None else b.shape)
     return call(OP, choose(OP, x.device, x.dtype, width=width), x, w, b, live, side, width)
 
 
 def check_live(op: str, live: Tensor, blocks: int, device: torch.device) -> None:
     """live must be int32 [L] with L <= blocks, on that device."""
-    require(live.dim() == 1 and live.dtype == torch.int32, op, "live", "int32 [L]", f"{live.dtype} {tuple(live.shape)}")
-    require(live.shape[0] <= blocks, op, "live", f"at most {blocks} block ids", live.shape[0])
-    require(live.device == device, op, "live", f"on x's device {device}", live.device)
+    (live.dim() == 1 and live.dtype == torch.int32) or fail(op, "live", "int32 [L]", f"{live.dtype} {tuple(live.shape)}")
+    live.shape[0] <= blocks or fail(op, "live", f"at most {blocks} block ids", live.shape[0])
+    live.device == device or fail(op, "live", f"on x's device {device}", live.device)
 
 
 def block_index(live: Tensor, width: int) -> Tensor:
@@ -86,4 +86,4 @@ define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w, Tensor live, str side,
        _backward, lambda dy, x, w, live, side, width, backend: (torch.empty_like(x), torch.empty_like(w), w.new_empty(w.shape[0])),
        macs=lambda dy, x, w, live, side, width, *_: 2 * _macs(x, w, None, live, side, width))
 gradient(OP, _gradient, _setup)
-TABLES[OP] = (Backend("reference", reference, composite=True),)
+serve(OP, Backend("reference", reference, composite=True))

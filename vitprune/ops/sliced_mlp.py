@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .registry import TABLES, Backend, call, choose, define, find, gradient, require
+from .registry import Backend, call, choose, define, fail, find, gradient, serve
 from .sliced_linear import block_index, check_live
 
 OP = "sliced_mlp"
@@ -17,16 +17,16 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     each once (the length is known on the host). b1, b2 and residual may be None. Returns [..., C].
     Gradients of dead units are exactly zero. Raises ValueError for arguments that do not fit together.
     """
-    require(w1.dim() == 2, OP, "w1", "[F, C]", w1.shape)
+    w1.dim() == 2 or fail(OP, "w1", "[F, C]", w1.shape)
     hidden, C = w1.shape
-    require(x.dim() > 0 and x.shape[-1] == C, OP, "x", f"[..., {C}]", x.shape)
-    require(w2.dim() == 2 and w2.shape[1] == hidden, OP, "w2", f"[C, F] with F = {hidden}", w2.shape)
+    (x.dim() > 0 and x.shape[-1] == C) or fail(OP, "x", f"[..., {C}]", x.shape)
+    (w2.dim() == 2 and w2.shape[1] == hidden) or fail(OP, "w2", f"[C, F] with F = {hidden}", w2.shape)
     for name, t, n in (("b1", b1, hidden), ("b2", b2, w2.shape[0])):
-        require(t is None or t.shape == (n,), OP, name, f"[{n}]", t if t is None else t.shape)
-    require(width > 0 and hidden % width == 0, OP, "width", f"a divisor of F = {hidden}", width)
+        t is None or t.shape == (n,) or fail(OP, name, f"[{n}]", t if t is None else t.shape)
+    (width > 0 and hidden % width == 0) or fail(OP, "width", f"a divisor of F = {hidden}", width)
     check_live(OP, live, hidden // width, x.device)
     out = (*x.shape[:-1], w2.shape[0])
-    require(residual is None or residual.shape == out, OP, "residual", f"{out}", residual if residual is None else residual.shape)
+    residual is None or residual.shape == out or fail(OP, "residual", f"{out}", residual if residual is None else residual.shape)
     return call(OP, choose(OP, x.device, x.dtype, width=width), x, w1, b1, w2, b2, live, residual, width)
 
 
@@ -80,4 +80,4 @@ define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2
                                                         torch.empty_like(w2), w2.new_empty(w2.shape[0])),
        macs=lambda dy, x, w1, b1, w2, live, width, *_: 5 * _macs(x, w1, None, w2, None, live, None, width) // 2)
 gradient(OP, _gradient, _setup)
-TABLES[OP] = (Backend("reference", reference, composite=True),)
+serve(OP, Backend("reference", reference, composite=True))
