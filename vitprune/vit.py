@@ -40,6 +40,7 @@ class _Pruned:
 
     def _prepare(self) -> None:
         self.blocks = nn.Sequential(*(b if isinstance(b, PrunedBlock) else adopt(PrunedBlock, b) for b in self.blocks))
+        self.blocks.training = self.training
 
     def _set_tokens(self, tokens: TokenPruning) -> None:
         self.__dict__.pop("keep_counts", None)
@@ -51,7 +52,7 @@ class _Pruned:
             p = next(self.parameters())
             self.score_predictor = nn.ModuleList(TokenPredictor(self.embed_dim) for _ in tokens.at).to(p.device, p.dtype)
             self.score_predictor.train(self.training)
-            self.register_buffer("_untrained", self.score_predictor[0].out_conv[4].weight.detach().clone(), persistent=False)
+            self.mark_untrained(True)
 
     @property
     def keep_counts(self) -> list[int]:
@@ -137,13 +138,24 @@ class _Pruned:
         rows, cu_seqlens = ops.compact_tokens(x, mask)
         return state._replace(x=rows, mask=mask, cu_seqlens=cu_seqlens, stages=(*state.stages, keep))
 
+    def mark_untrained(self, untrained: bool) -> None:
+        """Remember (or forget) that the predictors' present weights are arbitrary."""
+        known = self.score_predictor[0].out_conv[4].weight.detach().clone() if untrained else None
+        self.register_buffer("_untrained", known, persistent=False)
+        self._asked = not untrained
+
+    def is_untrained(self) -> bool:
+        """Whether the model has token predictors that were neither trained nor loaded."""
+        known = self._buffers.get("_untrained") if "score_predictor" in self._modules else None
+        return known is not None and torch.equal(known, self.score_predictor[0].out_conv[4].weight)
+
     def _warn_untrained(self) -> None:
-        if torch.compiler.is_compiling() or "_untrained" not in self._buffers:
+        if torch.compiler.is_compiling() or self._asked:
             return
-        if torch.equal(self._untrained, self.score_predictor[0].out_conv[4].weight):
+        self._asked = True  # no comparison on later calls
+        if self.is_untrained():
             warnings.warn("the token predictors are untrained: which tokens are kept is arbitrary (train them, load a "
                           "checkpoint, or use score='cls_attention')", stacklevel=2)
-        self._buffers.pop("_untrained", None)  # asked once: no comparison on later calls
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, 3, H, W] -> tokens [B, P+n, C] after the final norm; in evaluation the pruned ones are gone
