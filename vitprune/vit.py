@@ -43,7 +43,6 @@ class _Pruned:
         self.blocks.training = self.training
 
     def _set_tokens(self, tokens: TokenPruning) -> None:
-        self.__dict__.pop("keep_counts", None)
         tokens.counts(self.patch_embed.num_patches, self.num_prefix_tokens)
         replaced, self.tokens = self.tokens, tokens
         if tokens.score != "predictor":
