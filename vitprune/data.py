@@ -36,11 +36,11 @@ class TensorLoader:
         if not 0 < self.batch_size <= len(self.images):
             raise ValueError(f"TensorLoader: batch_size must be in 1..{len(self.images)}, got {self.batch_size}")
 
-    def at_epoch(self, epoch: int) -> "TensorLoader":
+    def at_epoch(self, epoch: int) -> TensorLoader:
         """The same loader in the order and with the augmentation of another epoch."""
         return replace(self, epoch=epoch)
 
-    def to(self, device: torch.device | str) -> "TensorLoader":
+    def to(self, device: torch.device | str) -> TensorLoader:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def __len__(self) -> int:
@@ -58,8 +58,8 @@ class TensorLoader:
             yield (images - self.mean) / self.std, self.labels[rows]
 
 
-def augment(images: Tensor, generator: torch.Generator, *, shift: float = 1.0, degrees: float = 10.0,
-            scale: float = 0.1) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator, *, shift: float = 0.5, degrees: float = 6.0,
+            scale: float = 0.06) -> Tensor:
     """Moves each picture [B, C, H, W] by up to `shift` pixels, turns it and scales it, all at random; fills with zeros."""
     batch, _, height, width = images.shape
     uniform = 2 * torch.rand(batch, 4, generator=generator) - 1
@@ -132,7 +132,7 @@ def create_eval_loader(source: str | Path, batch_size: int = 64, *, class_map: d
     Raises:
         ValueError: folder names without a known class (see `folder_classes`), or missing in `class_map`.
     """
-    from timm.data import create_loader, ImageDataset
+    from timm.data import ImageDataset, create_loader
     from timm.data.readers.reader_image_folder import ReaderImageFolder
 
     if class_map is None:

@@ -255,7 +255,7 @@ class Progress:
                        console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=total)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Progress:
         self.bar.start()
         return self
 

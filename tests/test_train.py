@@ -1,0 +1,161 @@
+"""The training loop: it learns, freezes, groups, diagnoses, and repeats itself bit for bit."""
+from dataclasses import replace
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vitprune import BlockPruning, TokenPruning, prune
+from vitprune.data import TensorLoader
+from vitprune.train import NonFiniteLoss, TrainConfig, evaluate, parameter_groups, soft_target, teach, train
+
+CONFIG = TrainConfig(epochs=2, batch_size=16, warmup_epochs=0, backbone_lr_scale=1.0, backbone_frozen_epochs=0,
+                     train_embeddings=True)
+
+
+def vit():
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=3, embed_dim=16, depth=4, num_heads=2)
+
+
+def pruned():
+    return prune(vit(), TokenPruning(0.7, at=(1, 2, 3)), BlockPruning(heads=0.5))
+
+
+def loaders(count=64):
+    """Three classes that differ in how bright the picture is."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 3
+    images = 0.45 * labels[:, None, None, None] + 0.1 * torch.rand(count, 1, 8, 8, generator=random)
+    training = TensorLoader(images, labels, 16, mean=0.3, std=0.4, training=True)
+    return training, replace(training, training=False)
+
+
+def test_loss_falls_and_the_classes_are_learned():
+    model, data = vit(), loaders()
+    before = evaluate(model, data[1])
+    history = train(model, data, replace(CONFIG, epochs=12, lr=3e-3, smoothing=0.0))
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert before["top1"] < 70 < 95 < history[-1]["top1"] and history[-1]["count"] == 64
+
+
+def test_training_repeats_bit_for_bit_and_leaves_the_callers_random_state():
+    def once():
+        model, dense = pruned(), vit()
+        train(model, loaders(), CONFIG, dense)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    state = torch.get_rng_state()
+    first = once()
+    torch.manual_seed(99)
+    assert torch.equal(first, once())
+    torch.set_rng_state(state)
+    expected = torch.rand(1)
+    model = vit()
+    torch.set_rng_state(state)
+    train(model, loaders(), replace(CONFIG, epochs=1))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_frozen_backbone_keeps_its_bits_and_predictors_learn():
+    model = prune(vit(), TokenPruning(0.7, at=(1, 2, 3)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, loaders(), replace(CONFIG, epochs=2, backbone_frozen_epochs=2), vit())
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    predictors = {name for name in before if name.startswith("score_predictor.")}
+    assert changed <= predictors and len(changed) > len(predictors) / 2
+    train(model, loaders(), replace(CONFIG, epochs=2, backbone_frozen_epochs=1), vit())
+    assert not torch.equal(model.blocks[0].mlp.fc1.weight, before["blocks.0.mlp.fc1.weight"])
+
+
+def test_embeddings_stay_unless_asked_for():
+    for asked in (False, True):
+        model = vit()
+        before = model.cls_token.clone(), model.pos_embed.clone()
+        train(model, loaders(), replace(CONFIG, epochs=1, train_embeddings=asked))
+        assert torch.equal(before[0], model.cls_token) is not asked
+        assert torch.equal(before[1], model.pos_embed) is not asked
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    model = pruned()
+    groups = parameter_groups(model, replace(CONFIG, backbone_lr_scale=0.01))
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == {id(p) for p in model.parameters()}
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group in groups:
+        of_predictor = {names[id(p)].startswith("score_predictor.") for p in group["params"]}
+        assert of_predictor == {group["name"] == "predictors"}
+        assert group["lr_scale"] == (1.0 if group["name"] == "predictors" else 0.01)
+        vectors = {p.ndim <= 1 or names[id(p)] in ("cls_token", "pos_embed") for p in group["params"]}
+        assert vectors == {group["weight_decay"] == 0}
+    left = {id(p) for p in model.parameters()} - \
+        {id(p) for group in parameter_groups(model, replace(CONFIG, train_embeddings=False)) for p in group["params"]}
+    assert {names[i] for i in left} == {"cls_token", "pos_embed"}
+
+
+def test_a_bad_picture_is_named():
+    training, _ = loaders()
+    training.images[5] = float("nan")
+    with pytest.raises(NonFiniteLoss, match=r"loss is nan at epoch 0, step \d+; first non-finite: images \(rows \[\d+\]"):
+        train(vit(), (training, None), CONFIG)
+
+
+def test_a_bad_parameter_is_named():
+    model = vit()
+    with torch.no_grad():
+        model.blocks[2].mlp.fc1.weight[0, 0] = float("inf")
+    with pytest.raises(NonFiniteLoss, match="first non-finite: parameter blocks.2.mlp.fc1.weight"):
+        train(model, loaders(), CONFIG)
+
+
+def test_the_first_bad_module_is_named():
+    class Overflow(nn.Module):
+        def forward(self, x):
+            return x / 0
+
+    model = vit()
+    model.blocks[1].norm2 = Overflow()
+    with pytest.raises(NonFiniteLoss, match="first non-finite: output of module blocks.1.norm2"):
+        train(model, loaders(), CONFIG)
+
+
+def test_history_has_the_parts_of_the_objective():
+    records = []
+    history = train(pruned(), loaders(), CONFIG, vit(), on_epoch=records.append)
+    assert records == history and [record["epoch"] for record in history] == [0, 1]
+    assert {"loss", "classification", "ratio", "distillation", "tokens", "lr"} <= set(history[0])
+
+
+def test_teacher_speaks_as_the_dense_model_and_takes_no_gradient():
+    model, images = vit().eval(), torch.randn(2, 1, 8, 8)
+    logits, features = teach(model, images)
+    torch.testing.assert_close(logits, model(images))
+    assert features.shape == (2, 16, 16) and not logits.requires_grad and not logits.is_inference()
+
+
+def test_soft_target_sums_to_one():
+    target = soft_target(torch.tensor([2]), 4, 0.1)
+    torch.testing.assert_close(target, torch.tensor([[0.025, 0.025, 0.925, 0.025]]))
+
+
+def test_evaluate_counts_by_hand():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return x * self.scale
+
+    logits = torch.eye(8)[[0, 1, 2, 3]] * 10 + torch.arange(8, 0, -1.0)  # ranks: own class first, then 0, 1, 2, ...
+    result = evaluate(Fixed(), [(logits[:3], torch.tensor([0, 1, 4])), (logits[3:], torch.tensor([7]))])
+    assert result == {"top1": 50.0, "top5": 50.0 + 25.0 * 1, "count": 4}
+
+
+@pytest.mark.parametrize("field, value", [("epochs", 0), ("lr", 0.0), ("warmup_epochs", 31), ("smoothing", 1.0),
+                                          ("clip_grad", 0.0), ("backbone_lr_scale", -1.0)])
+def test_config_out_of_range(field, value):
+    with pytest.raises(ValueError, match=f"TrainConfig: {field} must be .*, got {value}"):
+        TrainConfig(**{field: value})
