@@ -8,9 +8,12 @@ from . import ops
 from .blocks import BlockPruning
 from .checkpoint import load, save
 from .convert import load_dynamicvit, load_weights
+from .checkpoint import load, save
+from .convert import load_dynamicvit, load_weights
+from .engine import accelerate
 from .layers import PrunedAttention, PrunedBlock, PrunedMlp
 from .tokens import TokenPruning
 from .vit import PrunedDistilledViT, PrunedOutput, PrunedViT, compact, prune
 
 __all__ = ["BlockPruning", "PrunedAttention", "PrunedBlock", "PrunedDistilledViT", "PrunedMlp", "PrunedOutput", "PrunedViT",
-           "TokenPruning", "compact", "load", "load_dynamicvit", "load_weights", "ops", "prune", "save"]
+           "TokenPruning", "accelerate", "compact", "load", "load_dynamicvit", "load_weights", "ops", "prune", "save"]
