@@ -12,6 +12,7 @@ import timm.layers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.layers import PatchEmbed
 from timm.layers.activations import GELU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -73,13 +74,14 @@ def load(folder: str | os.PathLike, device: str | torch.device = "cpu") -> Prune
     if text is None:
         raise ValueError(f"load: {path} must be written by vitprune.save, it has no description of a pruned model "
                          "(load_weights reads foreign checkpoints)")
-    config = json.loads(text)
-    if config.get("format") != FORMAT:
-        raise ValueError(f"load: {path} must be of format {FORMAT}, got {config.get('format')} (written by another version)")
     try:
-        model = _rebuild(config)
-    except (KeyError, TypeError) as error:
+        config = json.loads(text)
+        if config["format"] == FORMAT:
+            model = _rebuild(config)
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged ({error!r})") from error
+    if config["format"] != FORMAT:
+        raise ValueError(f"load: {path} must be of format {FORMAT}, got {config['format']} (written by another version)")
     check_state(model, state, f"load: {path}")
     model.load_state_dict(state, strict=True, assign=True)
     for block, sizes in zip(model.blocks, config["blocks"]):  # after the weights: ids live on their device
@@ -108,6 +110,8 @@ def check_state(model: nn.Module, state: dict[str, torch.Tensor], where: str) ->
 def _describe(model: PrunedViT) -> dict:
     """What `_rebuild` needs. timm models do not keep their constructor's arguments, so they are read off the modules."""
     embed, blocks, tokens = model.patch_embed, list(model.blocks), model.tokens
+    if type(embed) is not PatchEmbed:
+        raise ValueError(f"save: patch_embed must be timm's PatchEmbed, got {type(embed).__qualname__}")
     first, last, C = blocks[0], blocks[-1], model.embed_dim
     widest = max(1, *(b.mlp.fc1.out_features for b in blocks))
     if getattr(model.attn_pool, "mlp", None) is not None:

@@ -1,0 +1,276 @@
+"""Every kind of bad input at the public surface and the one error that answers it: it names the argument, what was expected, what came."""
+import os
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers import SwiGLU
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
+from torch import nn
+
+from vitprune import BlockPruning, PrunedAttention, PrunedMlp, TokenPruning, compact, ops, prune
+from vitprune.checkpoint import load, save
+from vitprune.convert import load_dynamicvit, load_weights
+
+Z = torch.zeros
+IDS = partial(torch.tensor, dtype=torch.int32)
+
+
+def vit(**options):
+    return VisionTransformer(**{"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 5, **options})
+
+
+def sequence(**options):
+    return prune(vit(), TokenPruning(0.5, at=(1,), **options)).eval()
+
+
+def q(*shape):
+    return Z(shape or (2, 3, 5, 4))
+
+
+def doubled(module, name):
+    """The state of a ViT with one tensor changed."""
+    state = module.state_dict()
+    return {**state, name: torch.cat([state[name]] * 2)}
+
+
+OPERATORS = {
+    "policy_attention: q must be [B, H, N, D], got (3, 5, 4)": lambda: ops.policy_attention(q(3, 5, 4), q(), q(), Z(2, 5)),
+    "policy_attention: k must be like q, (2, 3, 5, 4), got (2, 3, 6, 4)": lambda: ops.policy_attention(q(), q(2, 3, 6, 4), q(), Z(2, 5)),
+    "policy_attention: v must be of q's dtype torch.float32, got torch.float16":
+        lambda: ops.policy_attention(q(), q(), q().half(), Z(2, 5)),
+    "policy_attention: q must be floating point, got torch.int64":
+        lambda: ops.policy_attention(q().long(), q().long(), q().long(), Z(2, 5)),
+    "policy_attention: policy must be [B, N] = (2, 5), got (2, 4)": lambda: ops.policy_attention(q(), q(), q(), Z(2, 4)),
+    "policy_attention: policy must be floating point (a boolean mask has no gradient), got torch.bool":
+        lambda: ops.policy_attention(q(), q(), q(), Z(2, 5).bool()),
+    "policy_attention: policy must be on q's device cpu, got meta": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5, device="meta")),
+    "policy_attention: eps must be >= 0, got -1.0": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps=-1.0),
+    "short_attention: qkv must be [B, N, 3*H*D], got (5, 36)": lambda: ops.short_attention(Z(5, 36), num_heads=3),
+    "short_attention: num_heads must be a positive divisor of 36 / 3, got 5": lambda: ops.short_attention(Z(2, 5, 36), num_heads=5),
+    "short_attention: cu_seqlens must be int32 [B+1], got torch.int64 (2,)":
+        lambda: ops.short_attention(Z(5, 36), num_heads=3, cu_seqlens=torch.tensor([0, 5]), max_seqlen=5),
+    "short_attention: max_seqlen must be an int >= 0 with cu_seqlens, got None":
+        lambda: ops.short_attention(Z(5, 36), num_heads=3, cu_seqlens=IDS([0, 5])),
+    "select_tokens: x must be [B, P+N, C], got (5, 4)": lambda: ops.select_tokens(Z(5, 4), Z(1, 4), 2),
+    "select_tokens: x must be floating point, got torch.int64": lambda: ops.select_tokens(Z(1, 5, 4).long(), Z(1, 4), 2),
+    "select_tokens: scores must be [B, N] = (1, 4), got (1, 5)": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 5), 2),
+    "select_tokens: k must be an int in 0..4, got 5": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 4), 5),
+    "select_tokens: k must be an int in 0..4, got -1": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 4), -1),
+    "select_tokens: prefix must be in 0..5, the number of tokens, got 6": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 4), 2, prefix=6),
+    "compact_tokens: x must be [B, N, C], got (5, 4)": lambda: ops.compact_tokens(Z(5, 4), Z(5, 4).bool()),
+    "compact_tokens: keep must be bool, got torch.float32": lambda: ops.compact_tokens(Z(1, 5, 4), Z(1, 5)),
+    "compact_tokens: keep must be [B, N] = (1, 5), got (1, 4)": lambda: ops.compact_tokens(Z(1, 5, 4), Z(1, 4).bool()),
+    "compact_tokens: capacity must be >= 0, got -1": lambda: ops.compact_tokens(Z(1, 5, 4), Z(1, 5).bool(), capacity=-1),
+    "expand_rows: rows must be [R, C], got (5,)": lambda: ops.expand_rows(Z(5), IDS([0, 5]), Z(1, 5).bool()),
+    "expand_rows: cu_seqlens must be [B+1] = (2,), got (3,)": lambda: ops.expand_rows(Z(5, 4), IDS([0, 5, 5]), Z(1, 5).bool()),
+    "sliced_linear: side must be 'in' or 'out', got 'up'": lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, IDS([0]), side="up", width=4),
+    "sliced_linear: width must be a divisor of 8, got 3": lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, IDS([0]), side="out", width=3),
+    "sliced_linear: x must be [..., 8], got (2, 7)": lambda: ops.sliced_linear(Z(2, 7), Z(8, 8), None, IDS([0]), side="out", width=4),
+    "sliced_linear: live must be int32 [L], got torch.int64 (1,)":
+        lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, torch.tensor([0]), side="out", width=4),
+    "sliced_mlp: w2 must be [C, F] with F = 16, got (8, 15)":
+        lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 15), None, IDS([0]), width=4),
+    "sliced_mlp: b1 must be [16], got (8,)": lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), Z(8), Z(8, 16), None, IDS([0]), width=4),
+    "add_norm: residual must be like x, (2, 5, 4), got (2, 4, 4)": lambda: ops.add_norm(Z(2, 5, 4), Z(2, 4, 4), Z(4), Z(4), 1e-6),
+    "add_norm: weight must be [C] = (4,), got (5,)": lambda: ops.add_norm(Z(2, 5, 4), Z(2, 5, 4), Z(5), Z(4), 1e-6),
+    "backend: name must be one of": lambda: ops.backend("tritn").__enter__(),
+}
+
+PRUNING = {
+    "TokenPruning: keep must be in (0, 1], got 0": lambda: TokenPruning(0),
+    "TokenPruning: keep must be in (0, 1], got 1.2": lambda: TokenPruning(1.2),
+    "TokenPruning: keep must be in (0, 1], got nan": lambda: TokenPruning(float("nan")),
+    "TokenPruning: keep must be one entry for each of the 3 stages, got (0.5,)": lambda: TokenPruning([0.5]),
+    "TokenPruning: keep of stage 1 must be at most the stage before, 0.5, got 0.7": lambda: TokenPruning([0.5, 0.7], at=(1, 2)),
+    "TokenPruning: keep of stage 2 must be >= 0 (base rate 0.3, subtractive), got -0.1": lambda: TokenPruning(0.3, schedule="subtractive"),
+    "TokenPruning: schedule must be one of ('geometric', 'subtractive'), got linear": lambda: TokenPruning(0.5, schedule="linear"),
+    "TokenPruning: score must be one of": lambda: TokenPruning(0.5, score="attention"),
+    "TokenPruning: at must be ascending block numbers >= 0, each once, got (3, 1)": lambda: TokenPruning(0.5, at=(3, 1)),
+    "TokenPruning: at must be > 0 for cls_attention": lambda: TokenPruning(0.5, at=(0,), score="cls_attention"),
+    "TokenPruning: threshold must be None or in [0, 1), got 1": lambda: TokenPruning(0.5, threshold=1),
+    "TokenPruning: threshold must be None unless score='predictor'": lambda: TokenPruning(0.5, threshold=0.5, score="random"),
+    "TokenPruning: multiple_of must be None or >= 1, got 0": lambda: TokenPruning(0.5, multiple_of=0),
+    "TokenPruning: keep of stage 0 (before block 1) must be at least min_keep=9 of 16 patches, got 8": lambda: sequence(min_keep=9),
+    "BlockPruning: heads must be in [0, 1], got 1.5": lambda: BlockPruning(heads=1.5),
+    "BlockPruning: hidden must be in [0, 1], got -0.1": lambda: BlockPruning(hidden=-0.1),
+    "BlockPruning: method must be one of": lambda: BlockPruning(method="l0"),
+    "BlockPruning: granularity must be >= 1, got 0": lambda: BlockPruning(granularity=0),
+    "BlockPruning: budget must be None or in (0, 1], got 0": lambda: BlockPruning(budget=0),
+    "BlockPruning: budget must be None where heads or hidden are given, got 0.5": lambda: BlockPruning(0.5, budget=0.5),
+    "BlockPruning: heads must be one fraction, or one for each of 4 layers, got (0.5, 1)":
+        lambda: prune(vit(), blocks=BlockPruning([0.5, 1])),
+    "BlockPruning: granularity must be a divisor of the hidden size 256 of block 0, got 48":
+        lambda: prune(vit(), blocks=BlockPruning(granularity=48)),
+    "BlockPruning: budget must be reachable": lambda: prune(vit(), blocks=BlockPruning(budget=0.01)),
+    "prune: tokens or blocks must be given, got neither": lambda: prune(vit()),
+    "prune: tokens must be a TokenPruning, got float": lambda: prune(vit(), 0.7),
+    "prune: blocks must be a BlockPruning, got float": lambda: prune(vit(), None, 0.5),
+    "prune: model must be a timm VisionTransformer or VisionTransformerDistilled, got torch.nn.modules.linear.Linear":
+        lambda: prune(nn.Linear(2, 2), TokenPruning(0.5)),
+    "prune: model must be a timm VisionTransformer or VisionTransformerDistilled, got timm.models.swin":
+        lambda: prune(timm.create_model("swin_tiny_patch4_window7_224"), TokenPruning(0.5)),
+    "prune: blocks.0 must be timm's Block, got ParallelScalingBlock": lambda: prune(vit(block_fn=ParallelScalingBlock), TokenPruning(0.5)),
+    "prune: blocks.0.mlp must be timm's Mlp, got SwiGLU": lambda: prune(vit(mlp_layer=SwiGLU), TokenPruning(0.5)),
+    "PrunedMlp: act_layer must be the exact GELU, got ReLU()": lambda: prune(vit(act_layer=nn.ReLU), TokenPruning(0.5, at=(1,))),
+    "PrunedAttention: gated and scale_norm must be off": lambda: prune(vit(scale_attn_norm=True), TokenPruning(0.5, at=(1,))),
+    "prune: global_pool must be 'token' or 'avg' where tokens are pruned, got 'map'":
+        lambda: prune(vit(global_pool="map"), TokenPruning(0.5, at=(1,))),
+    "prune: patch_drop_rate must be 0": lambda: prune(vit(patch_drop_rate=0.1), TokenPruning(0.5, at=(1,))),
+    "prune: at of stage 1 must be a block in 0..3, got 6": lambda: prune(vit(), TokenPruning(0.5)),
+    "prune: score must not be 'cls_attention': the model has no class token":
+        lambda: prune(vit(class_token=False, global_pool="avg"), TokenPruning(0.5, at=(1,), score="cls_attention")),
+    "compact: model must come from vitprune.prune, got VisionTransformer": lambda: compact(vit()),
+    "PrunedAttention: live must be ascending ids of heads in 0..7, each once, got [3, 1]": lambda: PrunedAttention(64, live=[3, 1]),
+    "PrunedAttention: live must be ascending ids of heads in 0..7, each once, got [8]": lambda: PrunedAttention(64, live=[8]),
+    "PrunedAttention: attn_mask and is_causal must be off where a policy":
+        lambda: PrunedAttention(64)(Z(1, 5, 64), attn_mask=Z(5, 5), policy=Z(1, 5)),
+    "PrunedMlp: width must be a divisor of the hidden size 256, got 100": lambda: PrunedMlp(64, 256, live=[0], width=100),
+    "PrunedMlp: use_conv must be False": lambda: PrunedMlp(64, 256, use_conv=True),
+    "forward_intermediates: the model must keep all its tokens": lambda: sequence().forward_intermediates(Z(1, 3, 32, 32)),
+    "trace_tokens: the model must be in evaluation mode": lambda: sequence().train().trace_tokens(Z(1, 3, 32, 32)),
+    "Input height (40) doesn't match model (32)": lambda: sequence()(Z(1, 3, 40, 40)),
+}
+
+
+def odd_norm():
+    model = sequence()
+    model.blocks[2].norm1.eps = 0.1
+    return model
+
+
+def odd_block():
+    model = sequence()
+    model.blocks[1].mlp.act = nn.ReLU()
+    return model
+
+
+def write(name, content):
+    def make(folder):
+        path = folder / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            (save_file if name.endswith("safetensors") else torch.save)(content, path)
+        return path
+    return make
+
+
+def cut(name):
+    def make(folder):
+        path = write(name, vit().state_dict())(folder)
+        path.write_bytes(path.read_bytes()[:-1000])
+        return path
+    return make
+
+
+def damage(edit):
+    def make(folder):
+        save(sequence(), folder)
+        edit(folder / "model.safetensors")
+        return folder
+    return make
+
+
+def described(text):
+    return damage(lambda path: save_file({}, path, metadata={"vitprune": text}))
+
+
+FILES = {  # message -> (what to write into a folder, what to do with it)
+    "save: model must come from vitprune.prune, got timm.models.vision_transformer.VisionTransformer":
+        (lambda d: d, lambda d: save(vit(), d)),
+    "save: the model must be what vitprune.prune makes from a timm model, but blocks.2.norm1.eps is 0.1":
+        (lambda d: d, lambda d: save(odd_norm(), d)),
+    "save: the model must be what vitprune.prune makes from a timm model, but blocks.1.mlp.act is a torch.nn.modules.activation.ReLU":
+        (lambda d: d, lambda d: save(odd_block(), d)),
+    "save: patch_embed must be timm's PatchEmbed, got HybridEmbed":
+        (lambda d: d, lambda d: save(prune(timm.create_model("vit_tiny_r_s16_p8_224"), TokenPruning(0.5)), d)),
+    "load: folder must hold model.safetensors, ": (lambda d: d, load),
+    "model.safetensors is truncated or not a safetensors file": (damage(lambda p: p.write_bytes(p.read_bytes()[:-1000])), load),
+    "model.safetensors must be written by vitprune.save": (write("model.safetensors", vit().state_dict()), lambda p: load(p.parent)),
+    "must be of format 1, got 99 (written by another version)": (described('{"format": 99}'), load),
+    "is damaged (KeyError('class'))": (described('{"format": 1}'), load),
+    "is damaged (JSONDecodeError": (described('{"format'), load),
+    "read_checkpoint: path must be a file, got": (lambda d: d / "none.pth", lambda p: load_weights(vit(), p)),
+    "w.pth is truncated or not a checkpoint": (cut("w.pth"), lambda p: load_weights(vit(), p)),
+    "w.safetensors is truncated or not a checkpoint": (cut("w.safetensors"), lambda p: load_weights(vit(), p)),
+    "e.pth is truncated or not a checkpoint": (write("e.pth", b""), lambda p: load_weights(vit(), p)),
+    "t.pth is damaged or not a checkpoint": (write("t.pth", b"<html>404</html>"), lambda p: load_weights(vit(), p)),
+    "l.pth must hold a dictionary, got list": (write("l.pth", [1]), lambda p: load_weights(vit(), p)),
+    "n.pth must hold a state dict (names and tensors), got entries epoch": (write("n.pth", {"epoch": 1}), lambda p: load_weights(vit(), p)),
+    "key must be one of its entries that hold weights, model, got 'ema'":
+        (write("k.pth", {"model": vit().state_dict()}), lambda p: load_weights(vit(), p, key="ema")),
+    "must match the model, nothing was loaded; missing (2): head.bias, head.weight; unexpected (1): fc.weight":
+        (lambda d: {k.replace("head.weight", "fc.weight"): v for k, v in vit().state_dict().items() if k != "head.bias"},
+         lambda s: load_weights(vit(), s)),
+    "mismatched (1): head.weight [10, 64] torch.float32 instead of [5, 64] torch.float32":
+        (lambda d: doubled(vit(), "head.weight"), lambda s: load_weights(vit(), s)),
+    "must have the model's 17 positions (image size (32, 32), patch size (8, 8)), got 65: create the model for":
+        (lambda d: vit(img_size=64).state_dict(), lambda s: load_weights(vit(), s)),
+    "must match the model, nothing was loaded; missing (10): score_predictor.0":
+        (lambda d: vit().state_dict(), lambda s: load_weights(sequence(), s)),
+    "must hold query, key and value of blocks.0.attn.qkv.weight, of one shape":
+        (lambda d: {"vit.embeddings.patch_embeddings.projection.bias": Z(64), "vit.layers.0.attention.q_proj.weight": Z(64, 64)},
+         lambda s: load_weights(vit(), s)),
+    "must hold one predictor for each of the 3 stages of at=(3, 6, 9), got 0":
+        (write("d.pth", {"model": vit().state_dict()}), lambda p: load_dynamicvit(p, "deit_tiny_patch16_224")),
+    "load_dynamicvit: model must be the name of a timm vision transformer, got 'dyvit'":
+        (write("y.pth", sequence().state_dict()), lambda p: load_dynamicvit(p, "dyvit", at=(1,))),
+}
+
+
+def fails_with(message, action, *args):
+    with pytest.raises((ValueError, TypeError, RuntimeError, AssertionError, FileNotFoundError)) as caught:
+        action(*args)
+    assert message in str(caught.value)
+    return caught.value
+
+
+@pytest.mark.parametrize("message", [*OPERATORS, *PRUNING])
+def test_arguments(message):
+    fails_with(message, {**OPERATORS, **PRUNING}[message])
+
+
+@pytest.mark.parametrize("message", FILES)
+def test_files(tmp_path, message):
+    make, action = FILES[message]
+    fails_with(message, action, make(tmp_path))
+
+
+def test_a_refused_checkpoint_changes_nothing():
+    model = vit()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    fails_with("head.weight", load_weights, model, doubled(vit(), "head.weight"))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class Attack:
+    """Pickles as a call of whatever it was made of."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("function, named", [(os.system, "(posix|nt).system"), (os.mkdir, "(posix|nt).mkdir"), (eval, "eval"),
+                                             (exec, "exec"), (getattr, "getattr"), (np.save, "numpy.save")])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_would_execute_code_is_refused(tmp_path, function, named, legacy):
+    canary, path = tmp_path / "canary", tmp_path / "evil.pth"
+    argument = {os.system: f"touch {canary}", os.mkdir: str(canary)}.get(function, f"open({str(canary)!r}, 'w').close()")
+    content = {"model": vit().state_dict(), "args": Attack(function, argument)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    for read in (lambda: load_weights(vit(), path), lambda: load_dynamicvit(path, "deit_tiny_patch16_224")):
+        with pytest.raises(ValueError, match=rf"evil.pth must hold weights and plain values only, it asks for ([\w.]*\.)?{named}: refused"):
+            read()
+        assert not canary.exists()
+    if function in (os.system, eval, exec, os.mkdir):  # the canary works: an unguarded reader does execute it
+        torch.load(path, weights_only=False)
+        assert canary.exists()
+
+
