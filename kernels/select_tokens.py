@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CONFIG = {"rows": 8, "channels": 256, "num_warps": 4}  # output rows and channels a program copies at a time
+# Output rows and channels a program copies at a time; pairs of scores it compares at a time.
+CONFIG = {"rows": 8, "channels": 256, "pairs": 8192, "num_warps": 4}
 MAX_PATCHES = 4096  # a program holds every score of an image in registers
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -22,7 +23,7 @@ def _order_keys(scores, WIDE: tl.constexpr):
     bits = scores.to(tl.float32).to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     keys = tl.where(bits < 0, -magnitude, magnitude)
-    return tl.where(magnitude > 0x7F800000, -0x7FFFFFFF, keys).to(tl.int64)
+    return tl.where(magnitude > 0x7F800000, -0x7FFFFFFF, keys)
 
 
 @triton.jit
@@ -30,25 +31,21 @@ def select_tokens_kernel(
     x, scores, tokens, ids,
     P, N, K, C,
     x_batch, x_token, x_channel, score_batch, score_token,
-    WIDE: tl.constexpr, PATCHES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr, PATCHES: tl.constexpr, OTHERS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):
     """grid (images, tiles of ROWS output rows); every program of an image repeats the cheap selection."""
     b = tl.program_id(0).to(tl.int64)
     patch = tl.arange(0, PATCHES)
     score = tl.load(scores + b * score_batch + patch.to(tl.int64) * score_token, mask=patch < N, other=0.0)
-    key = _order_keys(score, WIDE)
-
-    # The k-th highest key by bisection: the largest threshold that at least K keys reach.
-    low = tl.full((), -0x7FFFFFFFFFFFFFFF if WIDE else -0x7FFFFFFF, tl.int64)
-    for step in range(63 if WIDE else 31, -1, -1):
-        middle = low + (tl.full((), 1, tl.int64) << step)
-        reached = tl.sum(((key >= middle) & (patch < N)).to(tl.int32), 0)
-        low = tl.where((reached >= K) & (middle > low), middle, low)
-
-    above = (key > low) & (patch < N)
-    equal = (key == low) & (patch < N)
-    quota = K - tl.sum(above.to(tl.int32), 0)  # of the patches on the threshold, the first so many are kept
-    kept = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= quota))
+    key = _order_keys(score, WIDE)[:, None]
+    rank = tl.zeros((PATCHES,), tl.int32)  # how many patches go before this one
+    for start in range(0, N, OTHERS):
+        other = start + tl.arange(0, OTHERS)
+        score = tl.load(scores + b * score_batch + other.to(tl.int64) * score_token, mask=other < N, other=0.0)
+        other_key = _order_keys(score, WIDE)[None, :]
+        before = (other_key > key) | ((other_key == key) & (other[None, :] < patch[:, None]))
+        rank += tl.sum((before & (other < N)[None, :]).to(tl.int32), 1)
+    kept = (rank < K) & (patch < N)
     place = tl.where(kept, tl.cumsum(kept.to(tl.int32), 0) - 1, -1)
 
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -76,18 +73,19 @@ def refuses(device: torch.device, dtype: torch.dtype, *, scores: torch.dtype = t
 
 
 def launch(x: Tensor, scores: Tensor, k: int, prefix: int, config: dict = CONFIG) -> tuple[Tensor, Tensor]:
-    """`vitprune.ops.select_tokens`; config: rows and channels (powers of two) and num_warps."""
+    """`vitprune.ops.select_tokens`; config: powers of two, as in CONFIG."""
     B, N, C = x.shape
     tokens = torch.empty(B, prefix + k, C, dtype=x.dtype, device=x.device)
     ids = torch.empty(B, k, dtype=torch.int64, device=x.device)
     if B == 0 or prefix + k == 0:
         return tokens, ids
     bits = BITS[x.element_size()]  # rows are copied as they are, whatever their format
+    patches = triton.next_power_of_2(max(N - prefix, 1))
     grid = (B, triton.cdiv(prefix + k, config["rows"]))
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         select_tokens_kernel[grid](
             x.view(bits), scores, tokens.view(bits), ids,
             prefix, N - prefix, k, C, *x.stride(), *scores.stride(),
-            WIDE=scores.dtype == torch.float64, PATCHES=triton.next_power_of_2(max(N - prefix, 1)),
+            WIDE=scores.dtype == torch.float64, PATCHES=patches, OTHERS=max(1, min(patches, config["pairs"] // patches)),
             ROWS=config["rows"], CHANNELS=config["channels"], num_warps=config["num_warps"])
     return tokens, ids

@@ -8,8 +8,6 @@ from . import ops
 from .blocks import BlockPruning
 from .checkpoint import load, save
 from .convert import load_dynamicvit, load_weights
-from .checkpoint import load, save
-from .convert import load_dynamicvit, load_weights
 from .engine import accelerate
 from .layers import PrunedAttention, PrunedBlock, PrunedMlp
 from .tokens import TokenPruning

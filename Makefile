@@ -1,0 +1,36 @@
+# Each target prepares .venv by itself. PYTHON picks the interpreter that makes it.
+PYTHON ?= python3
+BIN := .venv/bin
+NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
+
+.PHONY: demo test test-long bench lint
+
+demo: .venv/demo.stamp
+	$(BIN)/vitprune demo
+
+# Triton's interpreter is switched on for a whole process, so its tests run in one of their own.
+test: .venv/test.stamp
+	$(BIN)/python -m pytest -m "not long and not interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter"
+
+test-long: .venv/test.stamp
+	$(BIN)/python -m pytest -m "not interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter"
+
+bench: .venv/test.stamp
+	$(BIN)/python -m bench.select_tokens
+	$(BIN)/vitprune bench deit_small_patch16_224 --tokens 0.7 --heads 0.5 --hidden 0.5 --batch 1 8
+
+lint: .venv/lint.stamp
+	$(BIN)/ruff check .
+
+# An editable install sees changed Python at once; it is repeated when what is compiled or depended on changes.
+.venv/%.stamp: $(NATIVE) | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "vitprune needs Python 3.10 or newer; set it with make PYTHON=..., this is $$($(PYTHON) --version 2>&1)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
