@@ -38,6 +38,11 @@ def reason_cuda(device: torch.device, op: str) -> str | None:
     return None
 
 
+def driver_version() -> int:
+    """The newest CUDA that the installed driver supports, 13020 for 13.2; 0 where that is not known."""
+    return _native.driver_version() if _native else 0
+
+
 def cubins() -> dict[str, list[str]]:
     """Architectures of the cubins that came with the install, by operator."""
     found: dict[str, list[str]] = {}

@@ -1,0 +1,128 @@
+"""Finding, compiling, caching and refusing compiled backends."""
+import os
+import threading
+
+import pytest
+import torch
+
+from vitprune import native, nvrtc
+from vitprune.ops import backend, select_tokens
+
+needs_nvrtc = pytest.mark.skipif(nvrtc.library() is None, reason=nvrtc.MISSING)
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITPRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@needs_nvrtc
+def test_compiled_once_per_source_and_architecture(cache, monkeypatch):
+    image = nvrtc.compiled("select_tokens", (8, 6))
+    file, = cache.iterdir()
+    assert file.read_bytes() == image
+    assert file.name.startswith("select_tokens.sm_86.nvrtc")
+    nvrtc.compiled("select_tokens", (9, 0))
+    assert len(list(cache.iterdir())) == 2
+    source, headers = nvrtc.sources("select_tokens")
+    monkeypatch.setattr(nvrtc, "sources", lambda op: (source, headers | {"params.h": headers["params.h"] + "// x"}))
+    nvrtc.compiled("select_tokens", (9, 0))
+    assert len(list(cache.iterdir())) == 3
+
+    def fail(*_):
+        raise AssertionError("compiled again")
+    monkeypatch.setattr(nvrtc, "build", fail)
+    nvrtc.compiled("select_tokens", (9, 0))
+
+
+def test_reader_never_sees_half_a_file(cache):
+    path, images, torn = cache / "image", [bytes([i]) * (1 << 20) for i in (1, 2)], []
+    nvrtc._write(path, images[0])
+    stop = threading.Event()
+
+    def read():
+        while not stop.is_set():
+            if path.read_bytes() not in images:
+                torn.append(1)
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(60):
+        nvrtc._write(path, images[i % 2])
+    stop.set()
+    reader.join()
+    assert not torn
+    assert [p.name for p in cache.iterdir()] == ["image"]
+
+
+def test_failed_write_leaves_the_old_file(cache, monkeypatch):
+    nvrtc._write(cache / "image", b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        nvrtc._write(cache / "image", b"new")
+    assert [(p.name, p.read_bytes()) for p in cache.iterdir()] == [("image", b"old")]
+
+
+@needs_nvrtc
+def test_cache_that_cannot_be_written(cache):
+    cache.write_text("a file where the folder should be")
+    assert nvrtc.compiled("select_tokens", (8, 0))[:4] == b"\x7fELF"
+
+
+@needs_nvrtc
+def test_compile_error_shows_the_log():
+    with pytest.raises(RuntimeError, match=r"(?s)^broken: NVRTC failed for sm_80: NVRTC_ERROR_COMPILATION.*broken.cu.*oops"):
+        nvrtc.build("broken", "oops", {}, "sm_80")
+
+
+@needs_nvrtc
+def test_target():
+    assert nvrtc.target((9, 0)) == "sm_90"
+    newest = nvrtc.architectures()[-1]
+    assert nvrtc.target((99, 0)) == f"compute_{newest}"
+    assert b".target sm_" in nvrtc.build("select_tokens", *nvrtc.sources("select_tokens"), nvrtc.target((99, 0)))
+    with pytest.raises(RuntimeError, match=r"no target for compute capability 3\.5; the oldest it knows is"):
+        nvrtc.target((3, 5))
+
+
+def test_cubin_of_the_same_major_and_no_higher_minor(tmp_path, monkeypatch):
+    for arch in (80, 86, 90):
+        (tmp_path / f"op.sm{arch}.cubin").touch()
+    monkeypatch.setattr(native, "_native", object())
+    monkeypatch.setattr(native, "_cubin_folder", lambda: tmp_path)
+    chosen = {c: p and p.name for c in ((8, 0), (8, 6), (8, 9), (9, 0), (7, 5), (10, 0)) if [p := native.cubin_path("op", c)]}
+    assert chosen == {(8, 0): "op.sm80.cubin", (8, 6): "op.sm86.cubin", (8, 9): "op.sm86.cubin", (9, 0): "op.sm90.cubin",
+                      (7, 5): None, (10, 0): None}
+
+
+def test_reasons(monkeypatch):
+    assert native.reason_cpp(CUDA) == "runs on the CPU, not on cuda"
+    monkeypatch.setattr(native, "_missing", "no compiler")
+    assert native.reason_cpp(torch.device("cpu")) == "no compiler"
+    assert native.reason_cuda(CUDA, "select_tokens") == "no compiler"
+
+
+def test_reason_without_cubin_and_nvrtc(monkeypatch):
+    monkeypatch.setattr(native, "_missing", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    monkeypatch.setattr(native, "cubin_path", lambda *_: None)
+    monkeypatch.setattr(nvrtc, "library", lambda: None)
+    assert native.reason_cuda(CUDA, "select_tokens").startswith(nvrtc.MISSING)
+
+
+def test_forced_backend_raises_its_reason():
+    with backend("cuda"), pytest.raises(RuntimeError, match="cannot run here: runs on an NVIDIA GPU, not on cpu"):
+        select_tokens(torch.ones(1, 3, 4), torch.ones(1, 2), 1)
+
+
+@pytest.mark.skipif(native.reason_cpp(torch.device("cpu")) is not None, reason="the C++ extension is not installed")
+def test_float8_rows_and_unknown_scores():
+    x = torch.randn(2, 5, 16).to(torch.float8_e4m3fn)
+    tokens, _ = native.select_tokens_cpp(x, torch.arange(8.0).view(2, 4), 2, 1)
+    assert torch.equal(tokens.view(torch.uint8), x.view(torch.uint8)[:, [0, 3, 4]])
+    assert native.refuses_cpp(torch.device("cpu"), torch.float32, scores=torch.float8_e4m3fn) == \
+        "no kernel for scores of torch.float8_e4m3fn"
