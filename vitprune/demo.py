@@ -3,10 +3,8 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import statistics
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -14,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from . import report
+from . import bench, report
 from .blocks import BlockPruning
 from .data import DIGITS_HELD_OUT, load_digits
 from .measure import count
@@ -138,33 +136,16 @@ def summarise(runs: list[list[dict]]) -> list[dict]:
             for same in zip(*runs)]
 
 
-def machine() -> dict:
-    """The machine and the libraries that a run's figures belong to."""
-    import timm
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"platform": platform.platform(), "processor": platform.machine(), "threads": torch.get_num_threads(), "gpu": gpu,
-            "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-
-
 def timing(quick: bool, device: str, say: Callable[[str], None] = lambda text: None) -> list[dict]:
     """DeiT-S with random weights, dense against each way to prune it, interleaved; a row a model and batch size."""
-    import timm
-
-    from .bench import compare
-
     rows = []
-    dense = timm.create_model("deit_small_patch16_224").eval()
-    macs = count(dense).macs
-    for name, tokens, blocks in (("tokens", TokenPruning(0.7), None), ("blocks", None, BlockPruning(0.5, 0.5)),
-                                 ("both", TokenPruning(0.7), BlockPruning(0.5, 0.5))):
+    for name, pruning in (("tokens", {"tokens": 0.7}), ("blocks", {"heads": 0.5, "hidden": 0.5}),
+                          ("both", {"tokens": 0.7, "heads": 0.5, "hidden": 0.5})):
         say(f"timing DeiT-S: {name}")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the token predictors are untrained")  # time does not depend on the choice
-            pruned = compact(prune(dense, tokens=tokens, blocks=blocks)).eval()
-            for batch in (1,) if quick else (1, 8):
-                rows.append({"name": name, "macs": count(pruned).macs, "dense_macs": macs,
-                             **compare(dense, pruned, batch=batch, device=device)})
+        dense, pruned = bench.prepare("deit_small_patch16_224", **pruning)
+        costs = {"dense_macs": count(dense).macs, "macs": count(pruned).macs}
+        rows += [{"name": name, **costs, **bench.compare(dense, pruned, batch=batch, device=device, min_time=0.02 if quick else 0.5)}
+                 for batch in ((1,) if quick else (1, 8))]
     return rows
 
 
@@ -223,7 +204,7 @@ def main(config: DemoConfig = DemoConfig()) -> dict:
             runs.append(rows)
             drawn = drawn or models["tokens"]
         result = {"models": summarise(runs), "learning": [learning_shows(rows) for rows in runs],
-                  "timing": timing(config.quick, device, step), "machine": machine(), "config": asdict(config)}
+                  "timing": timing(config.quick, device, step), "machine": bench.machine(device), "config": asdict(config)}
     report.write(config.output, render(config, result, drawn))
     if config.json:
         print(json.dumps(result))

@@ -76,7 +76,7 @@ def patches(images: Tensor, stages: Sequence[Tensor], patch: int) -> str:
                                      figsize=(1.2 * len(columns), 1.2 * len(images)))
     for column, pictures in enumerate(columns):
         for row, picture in enumerate(pictures):
-            axes[row][column].imshow(picture.permute(1, 2, 0).squeeze(-1).cpu(), cmap="gray", vmin=0, vmax=1)
+            axes[row][column].imshow(picture.permute(1, 2, 0).squeeze(-1).cpu().numpy(), cmap="gray", vmin=0, vmax=1)
             axes[row][column].axis("off")
         title = "picture" if column == 0 else f"stage {column}: {stages[column - 1].shape[1]}"
         axes[0][column].set_title(title, fontsize=8)
