@@ -166,6 +166,7 @@ def _session(path: Path):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # idle threads that spin slow down whoever runs next
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 

@@ -24,7 +24,8 @@ PRODUCTS = {"linear", "conv", "matmul", "mm", "bmm", "addmm", "einsum", "scaled_
 # Operators that cost nothing in both conventions and carry no tag that says so: copies, indexing, ordering, pooling, and
 # normalisation (which fvcore counts and torch does not). Anything in neither list is an error.
 FREE = set("""
-_log_softmax _safe_softmax _softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _to_copy _unsafe_view _reshape_copy adaptive_avg_pool2d
+_log_softmax _safe_softmax _softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _to_copy
+_unsafe_view _reshape_copy adaptive_avg_pool2d
 _adaptive_avg_pool2d adaptive_max_pool2d all any amax amin arange argmax argmin argsort as_strided avg_pool2d
 batch_norm cat clone concat constant_pad_nd contiguous copy_ cumsum detach dropout embedding empty empty_like empty_strided
 expand_as eye feature_dropout fill_ flatten full full_like gather gelu glu group_norm hardsigmoid hardswish hardtanh

@@ -1,0 +1,286 @@
+"""The command line: `vitprune demo | prune | eval | flops | bench | table1 | export | doctor`."""
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, RuntimeError,
+               ImportError, ArgumentError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's error is one line on stderr and status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name, options = _parse(argv)
+        return COMMANDS[name][2](options) or 0
+    except USER_ERRORS as e:
+        text = " ".join(str(e).split())
+        print(f"vitprune: error: {text or type(e).__name__}", file=sys.stderr)
+        return 2
+
+
+def _parse(argv: list[str]) -> tuple[str, Namespace]:
+    parser = ArgumentParser(prog="vitprune", description="Pruned vision transformers.", exit_on_error=False)
+    commands = parser.add_subcommands(required=True, dest="command")
+    asked = next((a for a in argv if not a.startswith("-")), None)
+    for name, (summary, add, _) in COMMANDS.items():
+        one = ArgumentParser(description=summary, exit_on_error=False)
+        if name == asked:  # the other commands' parsers would import what they need
+            add(one)
+        commands.add_subcommand(name, one, help=summary)
+    options = parser.parse_args(argv)
+    return options.command, options[options.command]
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+def _add_pruning(parser: ArgumentParser, folder: bool = True) -> None:
+    parser.add_argument("model", type=str, help="timm model name" + (" or a folder written by `vitprune prune`" if folder else ""))
+    parser.add_argument("--tokens", type=int | float, nargs="+", help="base rate; or one entry a stage: ratios (0.7) or counts (137)")
+    parser.add_argument("--schedule", type=str, default="geometric", help="geometric or subtractive")
+    parser.add_argument("--score", type=str, default="predictor", help="predictor, cls_attention or random")
+    parser.add_argument("--heads", type=int | float, nargs="+", help="fraction of heads kept; one, or one a layer")
+    parser.add_argument("--hidden", type=int | float, nargs="+", help="fraction of hidden units kept; one, or one a layer")
+    parser.add_argument("--method", type=str, default="magnitude", help="how heads and hidden units are chosen: magnitude, random")
+
+
+def _add_weights(parser: ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=str, help="weights of the timm model: .pth or .safetensors")
+    parser.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
+
+
+def _add_json(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else there")
+
+
+def _scalar(values: list | None):
+    return values[0] if values is not None and len(values) == 1 else values
+
+
+def _pruning(options: Namespace) -> dict:
+    return {"tokens": _scalar(options.tokens), "schedule": options.schedule, "heads": _scalar(options.heads),
+            "hidden": _scalar(options.hidden)}
+
+
+def _device(name: str | None) -> str:
+    import torch
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _model(options: Namespace, compacted: bool = True):
+    """The model that the arguments describe, in evaluation mode: a saved folder, or a timm model, pruned where asked."""
+    import timm
+
+    import vitprune
+
+    asked = any(v is not None for v in (options.tokens, options.heads, options.hidden))
+    checkpoint, pretrained = getattr(options, "checkpoint", None), getattr(options, "pretrained", False)
+    if Path(options.model).is_dir():
+        if checkpoint or pretrained:
+            raise ValueError(f"{options.model} is a saved model: --checkpoint and --pretrained are for timm models")
+        model = vitprune.load(options.model)
+    elif timm.is_model(options.model):
+        if checkpoint and pretrained:
+            raise ValueError("--checkpoint and --pretrained exclude each other")
+        model = timm.create_model(options.model, pretrained=pretrained)
+    else:
+        raise ValueError(f"model must be a timm model name or a folder written by `vitprune prune`, got {options.model!r}")
+    predictors = options.tokens is not None and options.score == "predictor" and checkpoint is not None
+    if checkpoint and not predictors:
+        vitprune.load_weights(model, checkpoint)
+    if asked:
+        tokens = blocks = None
+        if options.tokens is not None:
+            tokens = vitprune.TokenPruning(_scalar(options.tokens), schedule=options.schedule, score=options.score)
+        if options.heads is not None or options.hidden is not None:
+            blocks = vitprune.BlockPruning(1.0 if options.heads is None else _scalar(options.heads),
+                                           1.0 if options.hidden is None else _scalar(options.hidden), method=options.method)
+        if predictors:  # a checkpoint with predictors loads into the token-pruned model, one without into the dense
+            state = vitprune.convert.read_checkpoint(checkpoint)
+            trained = any("score_predictor" in k for part in (state, *(v for v in state.values() if isinstance(v, dict))) for k in part)
+            if not trained:
+                vitprune.load_weights(model, checkpoint)
+            model = vitprune.prune(model, tokens=tokens)
+            if trained:
+                vitprune.load_weights(model, checkpoint)
+            model = vitprune.prune(model, blocks=blocks) if blocks else model
+        else:
+            model = vitprune.prune(model, tokens=tokens, blocks=blocks)
+        if blocks and compacted:
+            model = vitprune.compact(model)
+    return model.eval()
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+def _add_flops(parser: ArgumentParser) -> None:
+    _add_pruning(parser)
+    _add_json(parser)
+
+
+def _flops(options: Namespace) -> None:
+    from .measure import count
+
+    counts = count(_model(options))
+    if options.json:
+        print(json.dumps({"model": options.model, **_pruning(options), **counts.as_dict()}))
+        return
+    print(f"{options.model}: {counts.params:,} parameters, {counts.macs:,} MACs ({counts.macs / 1e9:.3f} G, fvcore's convention; "
+          f"{counts.macs_matmul:,} in matrix products alone; 1 MAC = 2 FLOPs)")
+    for kind, n in counts.by_kind.items():
+        print(f"  {kind:30}{n:>18,}")
+
+
+def _add_bench(parser: ArgumentParser) -> None:
+    _add_pruning(parser, folder=False)
+    parser.add_argument("--device", type=str, help="cpu or cuda; by default the GPU where there is one")
+    parser.add_argument("--dtype", type=str, nargs="+", default=["float32"], help="float32, bfloat16, float16")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes")
+    parser.add_argument("--baseline", type=str, nargs="+", default=["eager"],
+                        help="dense engines: eager, compiled, onnxruntime, openvino, cuda_graph")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, at least 5")
+    parser.add_argument("--min-time", type=float, default=0.2, help="seconds a round of one engine lasts at least")
+    parser.add_argument("--threads", type=int, help="CPU threads; torch's own number by default")
+    parser.add_argument("--out", type=str, help="also write the JSON document to this file")
+    _add_json(parser)
+
+
+def _bench(options: Namespace) -> None:
+    import torch
+
+    from . import bench
+
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"bench: threads must be >= 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    result = bench.bench(options.model, **_pruning(options), score=options.score, method=options.method,
+                         device=_device(options.device), dtypes=options.dtype, batches=options.batch, baselines=options.baseline,
+                         rounds=options.rounds, min_time=options.min_time)
+    if options.out:
+        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result) if options.json else bench.show(result))
+
+
+def _add_table1(parser: ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="batch 1 only")
+    parser.add_argument("--data", type=str, help="image folder of the ImageNet validation set, one folder a class (WordNet id)")
+    parser.add_argument("--checkpoints", type=str, help="folder of weights, named as `vitprune table1 --json` lists under checkpoint")
+    parser.add_argument("--device", type=str, help="cpu or cuda; by default the GPU where there is one")
+    _add_json(parser)
+
+
+def _table1(options: Namespace) -> None:
+    from . import table1
+
+    result = table1.table1(quick=options.quick, data=options.data, checkpoints=options.checkpoints, device=_device(options.device))
+    if options.json:
+        print(json.dumps(result))
+    else:
+        table1.show(result)
+
+
+def _add_prune(parser: ArgumentParser) -> None:
+    _add_pruning(parser)
+    _add_weights(parser)
+    parser.add_argument("--masked", action="store_true", help="keep all weights and skip the pruned ones, instead of removing them")
+    parser.add_argument("--output", type=str, required=True, help="folder to write: config.json and model.safetensors")
+
+
+def _prune(options: Namespace) -> None:
+    import vitprune
+
+    if options.tokens is None and options.heads is None and options.hidden is None:
+        raise ValueError("prune: --tokens, --heads or --hidden must be given, got none")
+    model = _model(options, compacted=not options.masked)
+    vitprune.save(model, options.output)
+    print(f"{options.output}: {sum(p.numel() for p in model.parameters()):,} parameters")
+
+
+def _add_eval(parser: ArgumentParser) -> None:
+    _add_pruning(parser)
+    _add_weights(parser)
+    parser.add_argument("--data", type=str, required=True, help="image folder, one folder a class (WordNet id)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--device", type=str, help="cpu or cuda; by default the GPU where there is one")
+    _add_json(parser)
+
+
+def _eval(options: Namespace) -> None:
+    if not Path(options.data).is_dir():
+        raise FileNotFoundError(f"eval: data must be a folder with one folder of pictures a class, got {options.data!r}")
+    device = _device(options.device)
+    model = _model(options).to(device)
+    result = top1(model, options.data, device, options.batch_size, options.workers)
+    print(json.dumps({"model": options.model, **result}) if options.json
+          else f"{options.model}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['count']} pictures")
+
+
+def top1(model, data: str, device: str, batch_size: int = 64, workers: int = 2) -> dict:
+    """Accuracy of a model on an image folder, with the preprocessing that the model was made for."""
+    from timm.data import resolve_data_config
+
+    from .data import create_eval_loader
+    from .train import evaluate
+
+    c = resolve_data_config(model=model)
+    loader = create_eval_loader(data, batch_size, image_size=c["input_size"][-1], resize=round(c["input_size"][-1] / c["crop_pct"]),
+                                mean=c["mean"], std=c["std"], workers=workers, device=device)
+    return evaluate(model, loader)
+
+
+def _add_export(parser: ArgumentParser) -> None:
+    _add_pruning(parser)
+    _add_weights(parser)
+    parser.add_argument("--output", type=str, required=True, help="ONNX file to write")
+
+
+def _export(options: Namespace) -> None:
+    import torch
+
+    from .engine import check_onnx, export_onnx
+    from .measure import image_size
+
+    model = _model(options)
+    images = torch.randn(2, *image_size(model), generator=torch.Generator().manual_seed(0))
+    path = export_onnx(model, options.output, images)
+    difference = check_onnx(path, model, images)
+    if difference > 1e-3:
+        path.unlink()
+        raise RuntimeError(f"export: ONNX Runtime's logits differ from the model's by {difference:.1e} of the largest; nothing is written")
+    print(f"{path}: any batch size; ONNX Runtime's logits differ by {difference:.1e} of the largest")
+
+
+def _add_demo(parser: ArgumentParser) -> None:
+    from .demo import DemoConfig
+
+    parser.add_class_arguments(DemoConfig)
+
+
+def _demo(options: Namespace) -> None:
+    from .demo import DemoConfig
+    from .demo import main as demo
+
+    demo(DemoConfig(**options.as_dict()))
+
+
+def _doctor(options: Namespace) -> int | None:
+    from .doctor import main as doctor
+
+    return doctor(json=options.json)
+
+
+COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
+    "demo": ("train, prune and time small models on this machine; writes a report", _add_demo, _demo),
+    "prune": ("prune a timm model and save it", _add_prune, _prune),
+    "eval": ("top-1 and top-5 on an image folder", _add_eval, _eval),
+    "flops": ("parameters and multiply-accumulates", _add_flops, _flops),
+    "bench": ("dense against pruned, interleaved, on this machine", _add_bench, _bench),
+    "table1": ("the paper's Table 1: printed, true, measured here", _add_table1, _table1),
+    "export": ("write an ONNX file and check it", _add_export, _export),
+    "doctor": ("what can run on this machine, and why the rest cannot", _add_json, _doctor),
+}
