@@ -4,11 +4,13 @@ import io
 import json
 import re
 import statistics
+import sys
 
 import pytest
 import torch
 
 from vitprune import demo, report
+from vitprune.data import load_digits
 
 NAMES = ["dense", "tokens", "random tokens", "blocks", "random blocks", "both", demo.LEARNED, demo.RANDOM]
 
@@ -90,6 +92,13 @@ def test_dropped_patches_fade():
     faded = report.dim_dropped(images, torch.tensor([[0, 3, -1]]), patch=2)[0, 0]
     assert faded[:2, :2].max() == 0 == faded[2:, 2:].max()
     torch.testing.assert_close(faded[:2, 2:], torch.full((2, 2), 0.8))
+
+
+@pytest.mark.parametrize("package, call", [("matplotlib", report.pyplot), ("sklearn.datasets", load_digits)])
+def test_a_missing_package_names_the_extra(monkeypatch, package, call):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=r"which is missing: pip install 'vitprune\[demo\]'"):
+        call()
 
 
 @pytest.mark.parametrize("field", ["seeds", "epochs"])
