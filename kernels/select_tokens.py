@@ -18,12 +18,12 @@ def _order_keys(scores, WIDE: tl.constexpr):
     if WIDE:
         bits = scores.to(tl.int64, bitcast=True)
         magnitude = bits & 0x7FFFFFFFFFFFFFFF
-        keys = tl.where(bits < 0, -magnitude, magnitude)
-        return tl.where(magnitude > 0x7FF0000000000000, -0x7FFFFFFFFFFFFFFF, keys)
-    bits = scores.to(tl.float32).to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    keys = tl.where(bits < 0, -magnitude, magnitude)
-    return tl.where(magnitude > 0x7F800000, -0x7FFFFFFF, keys)
+        keys = tl.where(magnitude > 0x7FF0000000000000, -0x7FFFFFFFFFFFFFFF, tl.where(bits < 0, -magnitude, magnitude))
+    else:
+        bits = scores.to(tl.float32).to(tl.int32, bitcast=True)
+        magnitude = bits & 0x7FFFFFFF
+        keys = tl.where(magnitude > 0x7F800000, -0x7FFFFFFF, tl.where(bits < 0, -magnitude, magnitude))
+    return keys
 
 
 @triton.jit
@@ -41,8 +41,8 @@ def select_tokens_kernel(
     rank = tl.zeros((PATCHES,), tl.int32)  # how many patches go before this one
     for start in range(0, N, OTHERS):
         other = start + tl.arange(0, OTHERS)
-        score = tl.load(scores + b * score_batch + other.to(tl.int64) * score_token, mask=other < N, other=0.0)
-        other_key = _order_keys(score, WIDE)[None, :]
+        other_score = tl.load(scores + b * score_batch + other.to(tl.int64) * score_token, mask=other < N, other=0.0)
+        other_key = _order_keys(other_score, WIDE)[None, :]
         before = (other_key > key) | ((other_key == key) & (other[None, :] < patch[:, None]))
         rank += tl.sum((before & (other < N)[None, :]).to(tl.int32), 1)
     kept = (rank < K) & (patch < N)

@@ -94,8 +94,8 @@ def fake_cuda(tmp_path_factory):
     folder = tmp_path_factory.mktemp("driver")
     kernel = ROOT / "csrc/cuda/select_tokens.cu"
     checks = ["-fsanitize=alignment,signed-integer-overflow,bounds", "-fsanitize-undefined-trap-on-error"]
-    subprocess.run([compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", *checks, f'-DKERNEL="{kernel}"', "-I", ROOT / "csrc",
-                    "-o", folder / "libcuda.so.1", ROOT / "tests/fake_cuda.cpp"], check=True)
+    subprocess.run([compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", *checks,
+                    f'-DKERNEL="{kernel}"', "-I", ROOT / "csrc", "-o", folder / "libcuda.so.1", ROOT / "tests/fake_cuda.cpp"], check=True)
 
     def run(code):
         path = os.pathsep.join((str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")))
@@ -159,7 +159,6 @@ def test_triton_compiles(arch, score):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
     from vitprune.kernels.select_tokens import select_tokens_kernel
     pointers = {"x": "*i16", "scores": f"*{score}", "tokens": "*i16", "ids": "*i64"}
     constants = {"WIDE": score == "fp64", "PATCHES": 256, "OTHERS": 32, "ROWS": 8, "CHANNELS": 256}
