@@ -30,8 +30,12 @@ def test_pascal_runs_on_the_cuda_12_6_build_only():
     assert doctor.problems(machine(pascal, "12.6", CU126)) == []
     problem, = doctor.problems(machine(pascal))
     assert "no code for GeForce GTX 1080 Ti (compute capability 6.1)" in problem
-    assert '"torch<2.15"' in problem
-    assert "cu126" in problem
+    assert "torch<2.15" in problem
+    assert "CUDA 12.6" in problem
+    with pytest.warns(UserWarning, match="running on the CPU: torch 2.15.0 has no code for GeForce GTX 1080 Ti"):
+        assert doctor.default_device(machine(pascal)) == "cpu"
+    assert doctor.default_device(machine(pascal, "12.6", CU126)) == "cuda"
+    assert doctor.default_device(machine(None)) == "cpu"
 
 
 def test_card_newer_than_torch():

@@ -12,7 +12,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from . import bench, report
+from . import bench, doctor, report
 from .blocks import BlockPruning
 from .data import DIGITS_HELD_OUT, load_digits
 from .measure import count
@@ -187,7 +187,7 @@ def _learning_text(learning: list[dict]) -> str:
 def main(config: DemoConfig = DemoConfig()) -> dict:
     """Runs the demo, writes the report and returns what it measured; prints it, as JSON where config.json."""
     report.pyplot()  # a missing extra is an error before the training, not after
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = doctor.default_device()
     recipe = Recipe()
     epochs = config.epochs or (2 if config.quick else None)
     if epochs:

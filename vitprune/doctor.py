@@ -5,7 +5,8 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata, util
 
 import torch
@@ -102,9 +103,17 @@ def _no_code(machine: Machine, card: GPU) -> str:
     if card.capability < (5, 0):
         return f"{head}, and no torch that vitprune supports has: use the CPU (CUDA_VISIBLE_DEVICES=)"
     if card.capability < (7, 5):  # CUDA 13 dropped Maxwell, Pascal and Volta
-        return (f"{head}: install torch 2.14 or older built for CUDA 12.6: "
-                'pip install "torch<2.15" --index-url https://download.pytorch.org/whl/cu126')
+        return f"{head}: install torch 2.14 or older (torch<2.15) in its CUDA 12.6 build ({ORDER})"
     return f"{head}: install a newer torch ({ORDER})"
+
+
+def default_device(machine: Machine | None = None) -> str:
+    """cuda where the first GPU is usable, else cpu; one that is there and cannot be used is a warning that says why."""
+    machine = machine or this_machine()
+    found = problems(replace(machine, gpus=machine.gpus[:1], cards=machine.cards[:1]))
+    if found:
+        warnings.warn(f"running on the CPU: {found[0]}", stacklevel=2)
+    return "cuda" if machine.gpus and not found else "cpu"
 
 
 def backends(device: torch.device) -> dict[str, dict[str, str | None]]:
