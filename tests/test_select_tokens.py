@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import check_operator
 from select_tokens_cases import check
 
 from vitprune import nvrtc
@@ -42,6 +43,17 @@ def test_cpu(name):
         check(forced(name), seed)
     for seed in range(50):
         check(forced(name), seed, large=True)
+
+
+@pytest.mark.parametrize("name", ["reference", "cpp"])
+def test_registered(name):
+    if reason := registry.table("select_tokens", CPU)[name]:
+        pytest.skip(reason)
+    x, scores = torch.randn(2, 6, 3, dtype=torch.float64), torch.randn(2, 5)
+    check_operator(torch.ops.vitprune.select_tokens.default, [x, scores, 3, 1, name], (0,))
+    with backend(name):
+        compiled = torch.compile(lambda x: select_tokens(x, scores, 3)[0], fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), select_tokens(x, scores, 3)[0])
 
 
 @pytest.mark.parametrize("device", [ON_GPU])
