@@ -1,4 +1,5 @@
 """Dense against pruned, side by side: interleaved rounds in one process, medians with their spread."""
+import copy
 import math
 import os
 import platform
@@ -25,7 +26,7 @@ COMPILED = ("compiled", "compiled:max-autotune", "compiled:reduce-overhead")
 
 def prepare(name: str, tokens: float | Sequence[float | int] | None = None, schedule: str = "geometric",
             heads: float | Sequence[float] | None = None, hidden: float | Sequence[float] | None = None,
-            score: str = "predictor", method: str = "magnitude") -> tuple[nn.Module, nn.Module | None]:
+            score: str = "predictor", method: str = "magnitude", at: Sequence[int] = (3, 6, 9)) -> tuple[nn.Module, nn.Module | None]:
     """(dense, pruned) in evaluation mode with random weights: a timm model and its pruned form, compacted where heads or
     hidden units go; pruned is None where nothing is to be pruned. Raises ValueError for a name timm does not have."""
     import timm
@@ -38,7 +39,7 @@ def prepare(name: str, tokens: float | Sequence[float | int] | None = None, sche
         dense = timm.create_model(name).eval()
         pruning = {}
         if tokens is not None:
-            pruning["tokens"] = TokenPruning(tokens, schedule=schedule, score=score)
+            pruning["tokens"] = TokenPruning(tokens, at=tuple(at), schedule=schedule, score=score)
         if heads is not None or hidden is not None:
             pruning["blocks"] = BlockPruning(1.0 if heads is None else heads, 1.0 if hidden is None else hidden, method=method)
         pruned = prune(dense, **pruning).eval() if pruning else None
@@ -110,7 +111,7 @@ def rows(dense: nn.Module, pruned: nn.Module, flops_ratio: float, batch: int, de
     The pruned model runs plainly ("eager") and in each engine that the dense model is given, so that like meets like.
     """
     kind, refused = DTYPES[dtype], []
-    sides = {"dense": dense.to(device, kind), "pruned": pruned.to(device, kind)}
+    sides = {side: copy.deepcopy(model).to(device, kind) for side, model in (("dense", dense), ("pruned", pruned))}
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(batch, *image_size(dense), generator=generator).to(device, kind)
     torch._dynamo.reset()  # models that were compiled before do not count against the limit of recompilations
@@ -152,7 +153,8 @@ def rows(dense: nn.Module, pruned: nn.Module, flops_ratio: float, batch: int, de
 def bench(model: str, tokens: float | Sequence[float | int] | None = None, schedule: str = "geometric",
           heads: float | Sequence[float] | None = None, hidden: float | Sequence[float] | None = None, device: str = "cpu",
           dtypes: Sequence[str] = ("float32",), batches: Sequence[int] = (1, 8), baselines: Sequence[str] = ("eager",),
-          rounds: int = ROUNDS, min_time: float = 0.2, score: str = "predictor", method: str = "magnitude") -> dict:
+          rounds: int = ROUNDS, min_time: float = 0.2, score: str = "predictor", method: str = "magnitude",
+          at: Sequence[int] = (3, 6, 9)) -> dict:
     """What `vitprune bench` prints: the machine, the models and a row a batch size, dtype and dense engine."""
     if tokens is None and heads is None and hidden is None:
         raise ValueError("bench: tokens, heads or hidden must be given, got none: there is nothing to compare")
@@ -166,7 +168,7 @@ def bench(model: str, tokens: float | Sequence[float | int] | None = None, sched
         if not torch.cuda.is_available():
             raise RuntimeError("bench: device must be one this machine has, got 'cuda' (no GPU is usable; see `vitprune doctor`)")
         baselines = list(dict.fromkeys((*(m for b in baselines for m in (COMPILED if b == "compiled" else (b,))), "cuda_graph")))
-    dense, pruned = prepare(model, tokens, schedule, heads, hidden, score, method)
+    dense, pruned = prepare(model, tokens, schedule, heads, hidden, score, method, at)
     before, after = count(dense), count(pruned)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the token predictors are untrained")

@@ -2,7 +2,9 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -40,6 +42,7 @@ def _parse(argv: list[str]) -> tuple[str, Namespace]:
 def _add_pruning(parser: ArgumentParser, folder: bool = True) -> None:
     parser.add_argument("model", type=str, help="timm model name" + (" or a folder written by `vitprune prune`" if folder else ""))
     parser.add_argument("--tokens", type=int | float, nargs="+", help="base rate; or one entry a stage: ratios (0.7) or counts (137)")
+    parser.add_argument("--at", type=int, nargs="+", default=[3, 6, 9], help="blocks before which tokens leave")
     parser.add_argument("--schedule", type=str, default="geometric", help="geometric or subtractive")
     parser.add_argument("--score", type=str, default="predictor", help="predictor, cls_attention or random")
     parser.add_argument("--heads", type=int | float, nargs="+", help="fraction of heads kept; one, or one a layer")
@@ -94,7 +97,7 @@ def _model(options: Namespace, compacted: bool = True):
     if asked:
         tokens = blocks = None
         if options.tokens is not None:
-            tokens = vitprune.TokenPruning(_scalar(options.tokens), schedule=options.schedule, score=options.score)
+            tokens = vitprune.TokenPruning(_scalar(options.tokens), at=tuple(options.at), schedule=options.schedule, score=options.score)
         if options.heads is not None or options.hidden is not None:
             blocks = vitprune.BlockPruning(1.0 if options.heads is None else _scalar(options.heads),
                                            1.0 if options.hidden is None else _scalar(options.hidden), method=options.method)
@@ -157,7 +160,7 @@ def _bench(options: Namespace) -> None:
         if options.threads < 1:
             raise ValueError(f"bench: threads must be >= 1, got {options.threads}")
         torch.set_num_threads(options.threads)
-    result = bench.bench(options.model, **_pruning(options), score=options.score, method=options.method,
+    result = bench.bench(options.model, **_pruning(options), score=options.score, method=options.method, at=options.at,
                          device=_device(options.device), dtypes=options.dtype, batches=options.batch, baselines=options.baseline,
                          rounds=options.rounds, min_time=options.min_time)
     if options.out:
@@ -258,7 +261,10 @@ def _export(options: Namespace) -> None:
 def _add_demo(parser: ArgumentParser) -> None:
     from .demo import DemoConfig
 
-    parser.add_class_arguments(DemoConfig)
+    hints = get_type_hints(DemoConfig)
+    for field in fields(DemoConfig):
+        kind = {"action": "store_true"} if hints[field.name] is bool else {"type": hints[field.name], "default": field.default}
+        parser.add_argument("--" + field.name.replace("_", "-"), **kind)
 
 
 def _demo(options: Namespace) -> None:

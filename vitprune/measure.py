@@ -81,7 +81,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
     input_size = tuple(input_size or image_size(model))
     if len(input_size) != 3 or any(not isinstance(n, int) or n < 1 for n in input_size):
         raise ValueError(f"count: input_size must be (channels, height, width), got {input_size}")
-    images = torch.zeros(1, *input_size, dtype=next(model.parameters()).dtype)
+    images = torch.zeros(1, *input_size, device="cpu", dtype=next(model.parameters()).dtype)
     with torch.no_grad(), warnings.catch_warnings(), backend("reference"):
         warnings.simplefilter("ignore")  # the tracer's remarks on shapes
         matmul = _by_torch(_twin(model, "meta"), images.to("meta"))
@@ -107,7 +107,7 @@ def image_size(model: nn.Module) -> tuple[int, int, int]:
 def _twin(model: nn.Module, device: str) -> nn.Module:
     """A copy on another device that leaves the original and its weights alone; on the CPU it shares their storage."""
     def move(t: Tensor) -> Tensor:
-        return torch.zeros(1, dtype=t.dtype).expand(t.shape) if t.is_meta and device != "meta" else t.detach().to(device)
+        return torch.zeros((), dtype=t.dtype, device=device).expand(t.shape) if t.is_meta and device != "meta" else t.detach().to(device)
 
     memo = {id(p): nn.Parameter(move(p), requires_grad=False) for p in model.parameters()}
     memo |= {id(b): move(b) for b in model.buffers()}
