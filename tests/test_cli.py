@@ -35,7 +35,8 @@ def test_lists_of_ratios_and_counts(capsys):
 
 
 def test_bench(capsys, tmp_path):
-    out = run(capsys, "bench", *SMALL, "--device", "cpu", "--batch", "1", "2", "--min-time", "0", "--out", str(tmp_path / "o.json"), "--json")
+    out = run(capsys, "bench", *SMALL, "--device", "cpu", "--batch", "1", "2", "--min-time", "0",
+              "--out", str(tmp_path / "o.json"), "--json")
     fields = {"batch", "dtype", "dense_ms", "pruned_ms", "speedup", "flops_ratio", "realised_gain", "baseline", "fastest", "pruned_engine"}
     assert [r["batch"] for r in out["rows"]] == [1, 2]
     assert all(fields <= r.keys() for r in out["rows"])

@@ -135,18 +135,23 @@ class _Calls(nn.Module):
         return self.function(self.patches(images).flatten(2).transpose(1, 2))  # [B, 64, 192]
 
 
-live = torch.tensor([0, 2], dtype=torch.int32)
+ops, live = torch.ops.vitprune, torch.tensor([0, 2], dtype=torch.int32)
+
+
+def _ones(x, *shape):
+    return torch.ones(shape, device=x.device)
+
+
 OPERATORS = {
-    "short_attention": (lambda x: torch.ops.vitprune.short_attention(x, 1, None, 0, 0.125, "reference"), 2 * 64 * 64 * 64),
-    "policy_attention": (lambda x: torch.ops.vitprune.policy_attention(*([x.reshape(1, 64, 3, 64).transpose(1, 2)] * 3),
-                                                                       torch.ones(1, 64, device=x.device), 0.125, 1e-6, "reference")[0],
-                         2 * 3 * 64 * 64 * 64),
-    "sliced_linear": (lambda x: torch.ops.vitprune.sliced_linear(x, torch.ones(256, 192, device=x.device), None,
-                                                                 live.to(x.device), "out", 64, "reference"), 64 * 128 * 192),
-    "sliced_mlp": (lambda x: torch.ops.vitprune.sliced_mlp(x, torch.ones(256, 192, device=x.device), None, torch.ones(192, 256, device=x.device),
-                                                           None, live.to(x.device), None, 64, "reference"), 64 * 128 * (192 + 192)),
-    "add_norm": (lambda x: torch.ops.vitprune.add_norm(x, x, torch.ones(192, device=x.device), None, None, 1e-6, "reference")[1], 0),
-    "select_tokens": (lambda x: torch.ops.vitprune.select_tokens(x, x[:, 1:, 0], 5, 1, "reference")[0], 0),
+    "short_attention": (lambda x: ops.short_attention(x, 1, None, 0, 0.125, "reference"), 2 * 64 * 64 * 64),
+    "policy_attention": (lambda x: ops.policy_attention(*([x.reshape(1, 64, 3, 64).transpose(1, 2)] * 3), _ones(x, 1, 64), 0.125, 1e-6,
+                                                        "reference")[0], 2 * 3 * 64 * 64 * 64),
+    "sliced_linear": (lambda x: ops.sliced_linear(x, _ones(x, 256, 192), None, live.to(x.device), "out", 64, "reference"),
+                      64 * 128 * 192),
+    "sliced_mlp": (lambda x: ops.sliced_mlp(x, _ones(x, 256, 192), None, _ones(x, 192, 256), None, live.to(x.device), None, 64,
+                                            "reference"), 64 * 128 * (192 + 192)),
+    "add_norm": (lambda x: ops.add_norm(x, x, _ones(x, 192), None, None, 1e-6, "reference")[1], 0),
+    "select_tokens": (lambda x: ops.select_tokens(x, x[:, 1:, 0], 5, 1, "reference")[0], 0),
 }
 
 
