@@ -81,6 +81,20 @@ OPERATORS = {
 }
 
 PRUNING = {
+    "TokenPruning: keep must be a number or a sequence, got '0.7'": lambda: TokenPruning("0.7"),
+    "TokenPruning: keep must be a number or a sequence, got None": lambda: TokenPruning(None),
+    "TokenPruning: keep must be numbers, got (0.5, True, 'x')": lambda: TokenPruning([0.5, True, "x"]),
+    "TokenPruning: at must be a sequence of block numbers, got 5": lambda: TokenPruning(0.7, at=5),
+    "TokenPruning: threshold must be None or a number, got 'a'": lambda: TokenPruning(0.7, threshold="a"),
+    "TokenPruning: multiple_of must be an int, got 2.5": lambda: TokenPruning(0.7, multiple_of=2.5),
+    "TokenPruning: min_keep must be an int, got 1.5": lambda: TokenPruning(0.7, min_keep=1.5),
+    "BlockPruning: heads must be a fraction, or a sequence of them, got None": lambda: BlockPruning(heads=None),
+    "BlockPruning: hidden must be a fraction, or a sequence of them, got '0.5'": lambda: BlockPruning(hidden="0.5"),
+    "BlockPruning: budget must be None or a number, got 'x'": lambda: BlockPruning(budget="x"),
+    "BlockPruning: granularity must be an int >= 1, got 2.0": lambda: BlockPruning(granularity=2.0),
+    "PrunedViT: images must be floating point [B, 3, H, W], got torch.float32 (3, 32, 32)": lambda: sequence()(Z(3, 32, 32)),
+    "PrunedViT: images must be floating point [B, 3, H, W], got torch.uint8 (1, 3, 32, 32)":
+        lambda: sequence()(Z(1, 3, 32, 32).to(torch.uint8)),
     "TokenPruning: keep must be in (0, 1], got 0": lambda: TokenPruning(0),
     "TokenPruning: keep must be in (0, 1], got 1.2": lambda: TokenPruning(1.2),
     "TokenPruning: keep must be in (0, 1], got nan": lambda: TokenPruning(float("nan")),
@@ -98,7 +112,7 @@ PRUNING = {
     "BlockPruning: heads must be in [0, 1], got 1.5": lambda: BlockPruning(heads=1.5),
     "BlockPruning: hidden must be in [0, 1], got -0.1": lambda: BlockPruning(hidden=-0.1),
     "BlockPruning: method must be one of": lambda: BlockPruning(method="l0"),
-    "BlockPruning: granularity must be >= 1, got 0": lambda: BlockPruning(granularity=0),
+    "BlockPruning: granularity must be an int >= 1, got 0": lambda: BlockPruning(granularity=0),
     "BlockPruning: budget must be None or in (0, 1], got 0": lambda: BlockPruning(budget=0),
     "BlockPruning: budget must be None where heads or hidden are given, got 0.5": lambda: BlockPruning(0.5, budget=0.5),
     "BlockPruning: heads must be one fraction, or one for each of 4 layers, got (0.5, 1)":

@@ -99,3 +99,10 @@ def test_unknown_folders_are_refused(tmp_path):
         create_eval_loader(tmp_path, class_map={"dog": 0})
     with pytest.raises(ValueError, match="source must be a folder"):
         create_eval_loader(tmp_path / "none")
+
+
+def test_evaluation_refuses_a_picture_it_cannot_read(tmp_path):
+    folder(tmp_path, ["n01443537", "n02129165"])
+    (tmp_path / "n02129165" / "broken.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"broken.png must be a picture that can be read"):
+        list(create_eval_loader(tmp_path, image_size=32, resize=36, workers=0))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from oracles import attention, check_operator
+from oracles import attention, check_operator, within_twice
 
 from vitprune import ops
 
@@ -64,3 +64,24 @@ def test_strides():
     policy = torch.tensor([1.0, 0, 1, 1, 0]).expand(2, 5)
     expected = ops.policy_attention(q.contiguous(), k.contiguous(), v.contiguous(), policy.contiguous())
     assert torch.allclose(ops.policy_attention(q, k, v, policy), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+def test_registered_form_is_accurate(dtype, eps):
+    """The closed form accumulates in float32: at most twice plain PyTorch's error, forward and every gradient."""
+    q, k, v, policy = inputs(N=65, D=32)
+    policy = (policy > 0.3).double()
+    weight = torch.randn_like(q)
+
+    def run(kind, op):
+        leaves = [t.to(kind).requires_grad_() for t in (q, k, v, policy)]
+        out = op(*leaves)
+        return [out, *torch.autograd.grad((out * weight.to(kind)).sum(), leaves)]
+
+    def plain(*t):
+        return ops.policy_attention(*t, eps=eps)
+
+    for got, reference, truth in zip(run(dtype, lambda *t: torch.ops.vitprune.policy_attention(*t, 32 ** -0.5, eps, "reference")[0]),
+                                     run(dtype, plain), run(torch.float64, plain)):
+        within_twice(got, reference, truth)

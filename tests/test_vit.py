@@ -162,6 +162,15 @@ def test_export(x):
 
 
 @torch.no_grad()
+def test_details_follow_the_size_of_the_images():
+    model = prune(vit(dynamic_img_size=True), tokens())
+    for height, width in ((48, 32), (16, 16), (32, 32)):
+        out = model(torch.randn(2, 3, height, width), details=True)
+        n = height * width // 16
+        assert out.keep.shape == (2, n) and (out.keep.sum(1) == model.tokens.counts(n, 1)[-1]).all()
+
+
+@torch.no_grad()
 def test_copies_and_threads(x):
     model = prune(vit(), tokens(), BlockPruning(0.5, 0.5))
     expected = model(x)

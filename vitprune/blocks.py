@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .tokens import is_number
+
 if TYPE_CHECKING:
     from .layers import PrunedAttention, PrunedMlp
     from .vit import PrunedViT
@@ -41,12 +43,14 @@ class BlockPruning:
     def __post_init__(self) -> None:
         for name in ("heads", "hidden"):
             value = getattr(self, name)
-            fractions = [value] if isinstance(value, (int, float)) else list(value)
-            if not isinstance(value, (int, float)):
+            _require(is_number(value) or (isinstance(value, (list, tuple)) and bool(value) and all(map(is_number, value))), name,
+                     "a fraction, or a sequence of them", repr(value))
+            if not is_number(value):
                 object.__setattr__(self, name, tuple(value))
-            _require(bool(fractions) and all(not isinstance(f, bool) and 0 <= f <= 1 for f in fractions), name, "in [0, 1]", value)
+            _require(all(0 <= f <= 1 for f in ([value] if is_number(value) else value)), name, "in [0, 1]", value)
         _require(self.method in METHODS, "method", f"one of {METHODS}", self.method)
-        _require(self.granularity >= 1, "granularity", ">= 1", self.granularity)
+        _require(isinstance(self.granularity, int) and self.granularity >= 1, "granularity", "an int >= 1", repr(self.granularity))
+        _require(self.budget is None or is_number(self.budget), "budget", "None or a number", repr(self.budget))
         _require(self.budget is None or 0 < self.budget <= 1, "budget", "None or in (0, 1]", self.budget)
         _require(self.budget is None or (self.heads == 1.0 and self.hidden == 1.0), "budget",
                  "None where heads or hidden are given", self.budget)

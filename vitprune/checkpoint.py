@@ -30,7 +30,7 @@ _NORMS = {"torch.LayerNorm": nn.LayerNorm, "torch.RMSNorm": nn.RMSNorm, "timm.La
           "timm.LayerNormFp32": timm.layers.LayerNormFp32, "timm.RmsNorm": timm.layers.RmsNorm,
           "timm.RmsNormFp32": timm.layers.RmsNormFp32}
 _ACTS = {"torch.GELU": nn.GELU, "timm.GELU": GELU}
-# what belongs to a session rather than to the model
+# what belongs to a run rather than to the model
 _PASSING = {"training", "grad_checkpointing", "fused_attn", "weight_init_mode", "fix_init"}
 _PREPROCESSING = ("architecture", "tag", "input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std", "num_classes",
                   "label_names", "first_conv", "classifier")

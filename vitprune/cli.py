@@ -2,7 +2,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -42,12 +42,12 @@ def _parse(argv: list[str]) -> tuple[str, Namespace]:
 def _add_pruning(parser: ArgumentParser, folder: bool = True) -> None:
     parser.add_argument("model", type=str, help="timm model name" + (" or a folder written by `vitprune prune`" if folder else ""))
     parser.add_argument("--tokens", type=int | float, nargs="+", help="base rate; or one entry a stage: ratios (0.7) or counts (137)")
-    parser.add_argument("--at", type=int, nargs="+", default=[3, 6, 9], help="blocks before which tokens leave")
-    parser.add_argument("--schedule", type=str, default="geometric", help="geometric or subtractive")
-    parser.add_argument("--score", type=str, default="predictor", help="predictor, cls_attention or random")
+    parser.add_argument("--at", type=int, nargs="+", help="blocks before which tokens leave (3 6 9)")
+    parser.add_argument("--schedule", type=str, help="of a base rate: geometric (default) or subtractive")
+    parser.add_argument("--score", type=str, help="predictor (default), cls_attention or random")
     parser.add_argument("--heads", type=int | float, nargs="+", help="fraction of heads kept; one, or one a layer")
     parser.add_argument("--hidden", type=int | float, nargs="+", help="fraction of hidden units kept; one, or one a layer")
-    parser.add_argument("--method", type=str, default="magnitude", help="how heads and hidden units are chosen: magnitude, random")
+    parser.add_argument("--method", type=str, help="how heads and hidden units are chosen: magnitude (default) or random")
 
 
 def _add_weights(parser: ArgumentParser) -> None:
@@ -63,14 +63,31 @@ def _scalar(values: list | None):
     return values[0] if values is not None and len(values) == 1 else values
 
 
+def _tokens(options: Namespace):
+    """A single ratio is a base rate; a single count stays a list of one stage."""
+    values = options.tokens
+    return values if values is not None and len(values) == 1 and isinstance(values[0], int) and values[0] > 1 else _scalar(values)
+
+
+def _settle(options: Namespace) -> None:
+    """Refuse options that would have no effect, then fill in the defaults."""
+    base_rate = options.tokens is not None and not isinstance(_tokens(options), list)
+    for name, default, used, needs in (("at", [3, 6, 9], options.tokens is not None, "--tokens"),
+                                       ("score", "predictor", options.tokens is not None, "--tokens"),
+                                       ("schedule", "geometric", base_rate, "--tokens with one base rate"),
+                                       ("method", "magnitude", (options.heads, options.hidden) != (None, None), "--heads or --hidden")):
+        if options[name] is not None and not used:
+            raise ValueError(f"--{name} needs {needs}: without, it has no effect")
+        options[name] = default if options[name] is None else options[name]
+
+
 def _pruning(options: Namespace) -> dict:
-    return {"tokens": _scalar(options.tokens), "schedule": options.schedule, "heads": _scalar(options.heads),
-            "hidden": _scalar(options.hidden)}
+    return {"tokens": _tokens(options), "schedule": options.schedule, "heads": _scalar(options.heads), "hidden": _scalar(options.hidden)}
 
 
 def _device(name: str | None) -> str:
-    import torch
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    from .doctor import default_device
+    return name or default_device()
 
 
 def _model(options: Namespace, compacted: bool = True):
@@ -79,6 +96,7 @@ def _model(options: Namespace, compacted: bool = True):
 
     import vitprune
 
+    _settle(options)
     asked = any(v is not None for v in (options.tokens, options.heads, options.hidden))
     checkpoint, pretrained = getattr(options, "checkpoint", None), getattr(options, "pretrained", False)
     if Path(options.model).is_dir():
@@ -97,7 +115,7 @@ def _model(options: Namespace, compacted: bool = True):
     if asked:
         tokens = blocks = None
         if options.tokens is not None:
-            tokens = vitprune.TokenPruning(_scalar(options.tokens), at=tuple(options.at), schedule=options.schedule, score=options.score)
+            tokens = vitprune.TokenPruning(_tokens(options), at=tuple(options.at), schedule=options.schedule, score=options.score)
         if options.heads is not None or options.hidden is not None:
             blocks = vitprune.BlockPruning(1.0 if options.heads is None else _scalar(options.heads),
                                            1.0 if options.hidden is None else _scalar(options.hidden), method=options.method)
@@ -127,9 +145,11 @@ def _add_flops(parser: ArgumentParser) -> None:
 def _flops(options: Namespace) -> None:
     from .measure import count
 
-    counts = count(_model(options))
+    model = _model(options)
+    counts, tokens = count(model), getattr(model, "tokens", None)
     if options.json:
-        print(json.dumps({"model": options.model, **_pruning(options), **counts.as_dict()}))
+        print(json.dumps({"model": options.model, "tokens": tokens and asdict(tokens), "keep_counts": tokens and model.keep_counts,
+                          "heads": _scalar(options.heads), "hidden": _scalar(options.hidden), **counts.as_dict()}))
         return
     print(f"{options.model}: {counts.params:,} parameters, {counts.macs:,} MACs ({counts.macs / 1e9:.3f} G, fvcore's convention; "
           f"{counts.macs_matmul:,} in matrix products alone; 1 MAC = 2 FLOPs)")
@@ -160,6 +180,9 @@ def _bench(options: Namespace) -> None:
         if options.threads < 1:
             raise ValueError(f"bench: threads must be >= 1, got {options.threads}")
         torch.set_num_threads(options.threads)
+    if options.out and not Path(options.out).parent.is_dir():
+        raise FileNotFoundError(f"bench: out must be a file in a folder that exists, got {options.out!r}")
+    _settle(options)
     result = bench.bench(options.model, **_pruning(options), score=options.score, method=options.method, at=options.at,
                          device=_device(options.device), dtypes=options.dtype, batches=options.batch, baselines=options.baseline,
                          rounds=options.rounds, min_time=options.min_time)
@@ -248,6 +271,8 @@ def _export(options: Namespace) -> None:
     from .engine import check_onnx, export_onnx
     from .measure import image_size
 
+    if options.score == "random":
+        raise ValueError("export: score must not be 'random': a file whose tokens are drawn anew cannot be checked against the model")
     model = _model(options)
     images = torch.randn(2, *image_size(model), generator=torch.Generator().manual_seed(0))
     path = export_onnx(model, options.output, images)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import PIL.Image
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,7 +117,7 @@ def folder_classes(root: str | Path) -> dict[str, int]:
     if unknown:
         hint = "integer folder names do not say which class they mean" if re.fullmatch(r"\d+", unknown[0]) else \
             "folder names must be WordNet ids of ImageNet-1k, such as n01440764"
-        raise ValueError(f"create_eval_loader: {hint}; got {unknown[0]!r} in {root}: pass class_map={{name: class id}}")
+        raise ValueError(f"create_eval_loader: {hint}; got {unknown[0]!r} in {root} (from Python: create_eval_loader(..., class_map={{name: class id}}))")
     return {name: known[name] for name in names}
 
 
@@ -130,9 +131,24 @@ def create_eval_loader(source: str | Path, batch_size: int = 64, *, class_map: d
         class_map: class id by folder name, for folders with other names.
 
     Raises:
-        ValueError: folder names without a known class (see `folder_classes`), or missing in `class_map`.
+        ValueError: folder names without a known class (see `folder_classes`), or missing in `class_map`; while iterating,
+            a picture that cannot be read.
     """
     from timm.data import ImageDataset, create_loader
+
+    class Strict(ImageDataset):
+        """timm's stands in the next picture for one that it cannot read: an accuracy would count the wrong pictures."""
+
+        def __getitem__(self, index: int):
+            image, target = self.reader[index]
+            try:
+                with image:
+                    picture = PIL.Image.open(image).convert("RGB")
+            except (OSError, ValueError, SyntaxError) as error:
+                name = self.reader.filename(index, absolute=True)
+                raise ValueError(f"evaluation: {name} must be a picture that can be read, "
+                                 f"got {type(error).__name__}: {error}") from None
+            return self.transform(picture), target
     from timm.data.readers.reader_image_folder import ReaderImageFolder
 
     if class_map is None:
@@ -143,7 +159,7 @@ def create_eval_loader(source: str | Path, batch_size: int = 64, *, class_map: d
             raise ValueError(f"create_eval_loader: class_map must name every folder of {source}, lacks {missing[0]!r}")
     reader = ReaderImageFolder(str(source), class_map=class_map)
     device = torch.device(device)
-    return create_loader(ImageDataset(str(source), reader=reader), (3, image_size, image_size), batch_size,
+    return create_loader(Strict(str(source), reader=reader), (3, image_size, image_size), batch_size,
                          crop_pct=image_size / resize, interpolation="bicubic", mean=mean, std=std,
                          num_workers=workers, device=device, use_prefetcher=False, pin_memory=device.type == "cuda",
                          persistent_workers=False)

@@ -34,6 +34,7 @@ class PrunedAttention(Attention):
     """timm's `Attention` (same arguments, same parameter names) under a token policy, with live heads only.
 
     live: ascending ids of the heads that remain, or None for all; the others are neither computed nor given a gradient.
+    attn_drop acts on plain attention only, not under a policy (as in DynamicViT's code) nor on packed rows.
     Raises ValueError for `gated` and `scale_norm`, which mix heads.
     """
 
@@ -75,8 +76,7 @@ class PrunedAttention(Attention):
         if H == 0:
             if class_attention:
                 raise ValueError("PrunedAttention: class_attention must be False in a layer without heads")
-            bias = x.new_zeros(self.proj.out_features) if self.proj.bias is None else self.proj.bias
-            return self.proj_drop(bias.to(x.dtype).expand(*x.shape[:-1], -1))
+            return self.proj_drop(self._proj(x[..., :0]) if self.live is not None else self.proj(x[..., :0]))
         qkv = self._qkv(x)
         normed = not isinstance(self.q_norm, nn.Identity)
         dropout = self.attn_drop.p if self.training else 0.0

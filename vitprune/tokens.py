@@ -36,9 +36,18 @@ class TokenPruning:
     min_keep: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "at", tuple(self.at))
-        if not isinstance(self.keep, (int, float)):
-            object.__setattr__(self, "keep", tuple(self.keep))
+        for name, value, scalar in (("keep", self.keep, True), ("at", self.at, False)):
+            if isinstance(value, (list, tuple)):
+                object.__setattr__(self, name, tuple(value))
+            else:
+                expected = "a number or a sequence" if scalar else "a sequence of block numbers"
+                _require(scalar and is_number(value), name, expected, repr(value))
+        if isinstance(self.keep, tuple):
+            _require(all(map(is_number, self.keep)), "keep", "numbers", self.keep)
+        for name in ("multiple_of", "min_keep"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) or (value is None and name == "multiple_of"), name, "an int", repr(value))
+        _require(self.threshold is None or is_number(self.threshold), "threshold", "None or a number", repr(self.threshold))
         _require(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}", self.schedule)
         _require(self.score in SCORES, "score", f"one of {SCORES}", self.score)
         _require(bool(self.at) and all(isinstance(i, int) and i >= 0 for i in self.at) and
@@ -53,12 +62,12 @@ class TokenPruning:
         if isinstance(self.keep, tuple):
             _require(len(self.keep) == len(self.at), "keep", f"one entry for each of the {len(self.at)} stages", self.keep)
             for s, r in enumerate(self.keep):
-                ok = not isinstance(r, bool) and (r >= 0 if isinstance(r, int) else 0 <= r <= 1)
+                ok = r >= 0 if isinstance(r, int) else 0 <= r <= 1
                 _require(ok, f"keep of stage {s}", "a ratio in [0, 1] or a count >= 0", r)
                 if s and type(r) is type(self.keep[s - 1]):
                     _require(r <= self.keep[s - 1], f"keep of stage {s}", f"at most the stage before, {self.keep[s - 1]}", r)
         else:
-            _require(not isinstance(self.keep, bool) and 0 < self.keep <= 1, "keep", "in (0, 1]", self.keep)
+            _require(0 < self.keep <= 1, "keep", "in (0, 1]", self.keep)
             for s, r in enumerate(self._entries()):
                 _require(r > -1e-9, f"keep of stage {s}", f">= 0 (base rate {self.keep}, {self.schedule})", round(r, 6))
 
@@ -88,6 +97,11 @@ class TokenPruning:
     def ratios(self, num_patches: int) -> list[float]:
         """Target keep ratio of each stage, relative to the original patches, for the ratio loss."""
         return [r / num_patches if isinstance(r, int) and isinstance(self.keep, tuple) else float(r) for r in self._entries()]
+
+
+def is_number(value) -> bool:
+    """Whether value is an int or a float; a bool is neither."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _require(condition: bool, argument: str, expected: str, got) -> None:

@@ -18,7 +18,8 @@ from .tokens import TokenPredictor, TokenPruning, sample_policy
 class PrunedOutput(NamedTuple):
     """What `pruned(images, details=True)` returns, for the losses."""
     logits: Tensor
-    features: Tensor                # [B, N, C] after the final norm, without prefix tokens (evaluation: the kept ones)
+    features: Tensor                # after the final norm, without prefix tokens: [B, N, C], or where tokens left for real
+                                    # [B, K, C] (adaptive counts: [B, N, C] with zeros for the dropped)
     keep: Tensor | None             # [B, N] 1 where a patch is kept after the last stage; None without token pruning
     decisions: tuple[Tensor, ...]   # a stage: [B, N] straight-through keep decisions (training with a predictor)
 
@@ -32,6 +33,7 @@ class _Stream(NamedTuple):
     cu_seqlens: Tensor | None = None    # int32 [B+1] adaptive counts
     decisions: tuple[Tensor, ...] = ()
     stages: tuple[Tensor, ...] = ()     # ids kept after each stage, on the original grid
+    num_patches: int = 0                # of this batch's images
 
 
 class _Pruned:
@@ -69,14 +71,17 @@ class _Pruned:
     # --- forward -----------------------------------------------------------------------------------------------------
 
     def _stream(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> _Stream:
+        if images.dim() != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
+            raise ValueError(f"PrunedViT: images must be floating point [B, {self.in_chans}, H, W], "
+                             f"got {images.dtype} {tuple(images.shape)}")
         masked = attn_mask is not None or is_causal
         if masked and self.tokens is not None:
             raise ValueError("PrunedViT: attn_mask and is_causal must be off where tokens are pruned")
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
-        state, scores = _Stream(x), None
+        num_patches = x.shape[1] - self.num_prefix_tokens
+        state, scores = _Stream(x, num_patches=num_patches), None
         at = () if self.tokens is None else self.tokens.at
         asks = self.tokens is not None and self.tokens.score == "cls_attention"
-        num_patches = x.shape[1] - self.num_prefix_tokens
         for i, block in enumerate(self.blocks):
             if i in at:
                 state = self._prune_tokens(state, at.index(i), num_patches, scores)
@@ -171,7 +176,7 @@ class _Pruned:
             return logits
         keep = None if policy is None else policy[:, P:].detach().to(state.x.dtype)
         if state.kept is not None:
-            keep = state.x.new_zeros(x.shape[0], self.patch_embed.num_patches).scatter(1, state.kept, 1.0)
+            keep = state.x.new_zeros(x.shape[0], state.num_patches).scatter(1, state.kept, 1.0)
         return PrunedOutput(logits, state.x[:, P:], keep, state.decisions)
 
     def _weigh(self, x: Tensor, policy: Tensor) -> Tensor:

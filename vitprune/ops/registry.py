@@ -35,7 +35,8 @@ def backend(name: str) -> Iterator[None]:
     """Force the backend of that name, in this thread, for every operator called inside that has one.
 
     Raises ValueError for a name no operator knows. An operator that has the backend but cannot use it raises
-    RuntimeError with the reason; an operator that does not have it chooses as always.
+    RuntimeError with the reason; an operator that does not have it chooses as always. A graph that torch.compile has
+    traced keeps the choice made when it was traced.
     """
     known = sorted({name for table in TABLES.values() for name in table})
     if name not in known:

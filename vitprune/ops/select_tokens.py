@@ -26,7 +26,7 @@ def select_tokens(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1) -> tupl
     scores.shape == (x.shape[0], N) or fail(OP, "scores", f"[B, N] = {(x.shape[0], N)}", scores.shape)
     scores.dtype.is_floating_point or fail(OP, "scores", "floating point", scores.dtype)
     scores.device == x.device or fail(OP, "scores", f"on x's device {x.device}", scores.device)
-    (isinstance(k, int) and 0 <= k <= N) or fail(OP, "k", f"an int in 0..{N}", k)
+    (isinstance(k, int) and not isinstance(k, bool) and 0 <= k <= N) or fail(OP, "k", f"an int in 0..{N}", k)
     return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype, patches=N), x, scores, k, prefix)
 
 
