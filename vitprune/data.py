@@ -10,6 +10,8 @@ from pathlib import Path
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from timm.data import ImageDataset, ImageNetInfo, create_loader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 
 DIGITS_HELD_OUT = 600
@@ -104,8 +106,6 @@ def folder_classes(root: str | Path) -> dict[str, int]:
         ValueError: the names are not WordNet ids of ImageNet-1k. Integer names are refused: their lexical order
             ("0", "1", "10", ...) is not their numeric one, so a guess would scramble the labels.
     """
-    from timm.data import ImageNetInfo
-
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"create_eval_loader: source must be a folder of class folders, got {root}")
@@ -117,8 +117,24 @@ def folder_classes(root: str | Path) -> dict[str, int]:
     if unknown:
         hint = "integer folder names do not say which class they mean" if re.fullmatch(r"\d+", unknown[0]) else \
             "folder names must be WordNet ids of ImageNet-1k, such as n01440764"
-        raise ValueError(f"create_eval_loader: {hint}; got {unknown[0]!r} in {root} (from Python: create_eval_loader(..., class_map={{name: class id}}))")
+        raise ValueError(f"create_eval_loader: {hint}; got {unknown[0]!r} in {root} "
+                         "(from Python: create_eval_loader(..., class_map={name: class id}))")
     return {name: known[name] for name in names}
+
+
+class _Pictures(ImageDataset):
+    """timm's stands in the next picture for one that it cannot read: an accuracy would count the wrong pictures."""
+
+    def __getitem__(self, index: int):
+        image, target = self.reader[index]
+        try:
+            with image:
+                picture = PIL.Image.open(image).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:
+            name = self.reader.filename(index, absolute=True)
+            raise ValueError(f"evaluation: {name} must be a picture that can be read, "
+                             f"got {type(error).__name__}: {error}") from None
+        return self.transform(picture), target
 
 
 def create_eval_loader(source: str | Path, batch_size: int = 64, *, class_map: dict[str, int] | None = None,
@@ -134,23 +150,6 @@ def create_eval_loader(source: str | Path, batch_size: int = 64, *, class_map: d
         ValueError: folder names without a known class (see `folder_classes`), or missing in `class_map`; while iterating,
             a picture that cannot be read.
     """
-    from timm.data import ImageDataset, create_loader
-
-    class Strict(ImageDataset):
-        """timm's stands in the next picture for one that it cannot read: an accuracy would count the wrong pictures."""
-
-        def __getitem__(self, index: int):
-            image, target = self.reader[index]
-            try:
-                with image:
-                    picture = PIL.Image.open(image).convert("RGB")
-            except (OSError, ValueError, SyntaxError) as error:
-                name = self.reader.filename(index, absolute=True)
-                raise ValueError(f"evaluation: {name} must be a picture that can be read, "
-                                 f"got {type(error).__name__}: {error}") from None
-            return self.transform(picture), target
-    from timm.data.readers.reader_image_folder import ReaderImageFolder
-
     if class_map is None:
         class_map = folder_classes(source)
     else:
@@ -159,7 +158,7 @@ def create_eval_loader(source: str | Path, batch_size: int = 64, *, class_map: d
             raise ValueError(f"create_eval_loader: class_map must name every folder of {source}, lacks {missing[0]!r}")
     reader = ReaderImageFolder(str(source), class_map=class_map)
     device = torch.device(device)
-    return create_loader(Strict(str(source), reader=reader), (3, image_size, image_size), batch_size,
+    return create_loader(_Pictures(str(source), reader=reader), (3, image_size, image_size), batch_size,
                          crop_pct=image_size / resize, interpolation="bicubic", mean=mean, std=std,
                          num_workers=workers, device=device, use_prefetcher=False, pin_memory=device.type == "cuda",
                          persistent_workers=False)

@@ -76,7 +76,7 @@ class PrunedAttention(Attention):
         if H == 0:
             if class_attention:
                 raise ValueError("PrunedAttention: class_attention must be False in a layer without heads")
-            return self.proj_drop(self._proj(x[..., :0]) if self.live is not None else self.proj(x[..., :0]))
+            return self.proj_drop(self._proj(x[..., :0]))
         qkv = self._qkv(x)
         normed = not isinstance(self.q_norm, nn.Identity)
         dropout = self.attn_drop.p if self.training else 0.0
