@@ -36,6 +36,18 @@ def test_packed_is_one_sequence_at_a_time(backend, lengths, rows):
     assert not out[cu_seqlens[-1]:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("N", [47, 48, 97, 144, 145, 197, 320, 321])
+def test_library_form_by_length(dtype, N):
+    torch.manual_seed(0)
+    qkv = torch.randn(2, N, 3 * 6 * 64).to(dtype)
+    with ops.backend("library"):
+        out = ops.short_attention(qkv, num_heads=6)
+    with ops.backend("reference"):
+        truth, same = ops.short_attention(qkv.double(), num_heads=6), ops.short_attention(qkv, num_heads=6)
+    assert out.dtype == dtype and (out - truth).abs().max() <= 2 * (same - truth).abs().max() + 1e-5
+
+
 def test_registered():
     qkv = torch.randn(2, 5, 24, dtype=torch.float64)
     op = torch.ops.vitprune.short_attention.default

@@ -19,6 +19,20 @@ def adopt(cls: type[nn.Module], module: nn.Module) -> nn.Module:
     return new
 
 
+def _watched(*modules: nn.Module) -> bool:
+    """Whether a hook expects to see one of these modules called."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def _dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
+    """act(layer(x)) or residual + layer(x), in one call where both are as timm made them and nobody watches them."""
+    if type(layer) is nn.Linear and not _watched(layer) and (act is None or not _watched(act)):
+        return ops.linear(x, layer.weight, layer.bias, gelu=act is not None, residual=residual)
+    x = layer(x)
+    x = x if act is None else act(x)
+    return x if residual is None else residual + x
+
+
 def _live_buffer(module: nn.Module, kind: str, ids: Sequence[int] | None, count: int) -> None:
     """Store which of `count` units are live, None where all are; it is not part of the state dict."""
     name, device = type(module).__name__, next(module.parameters()).device
@@ -104,13 +118,13 @@ class PrunedAttention(Attention):
 
     def _qkv(self, x: Tensor) -> Tensor:
         if self.live is None:
-            return self.qkv(x)
+            return _dense(self.qkv, x)
         blocks = torch.cat([self.live + i * self.num_heads for i in range(3)])
         return ops.sliced_linear(x, self.qkv.weight, self.qkv.bias, blocks, side="out", width=self.head_dim)
 
     def _proj(self, y: Tensor) -> Tensor:
         if self.live is None:
-            return self.proj(y)
+            return _dense(self.proj, y)
         return ops.sliced_linear(y, self.proj.weight, self.proj.bias, self.live, side="in", width=self.head_dim)
 
 
@@ -154,15 +168,19 @@ class PrunedMlp(Mlp):
         """The number of hidden units that are computed."""
         return self.fc1.out_features if self.live is None else self.live.shape[0] * self.width
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] -> [..., C]."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x [..., C] -> [..., C], plus the residual [..., C] where one is given."""
+        if residual is not None and self.training and self.drop2.p > 0:
+            return residual + self(x)
         if self.live is None:
-            return super().forward(x)
-        if self.training and self.drop1.p > 0:
+            y = _dense(self.fc2, self.drop1(_dense(self.fc1, x, self.act)), residual=residual)
+        elif self.training and self.drop1.p > 0:
             y = ops.sliced_linear(x, self.fc1.weight, self.fc1.bias, self.live, side="out", width=self.width)
             y = ops.sliced_linear(self.drop1(self.act(y)), self.fc2.weight, self.fc2.bias, self.live, side="in", width=self.width)
+            y = y if residual is None else residual + y
         else:
-            y = ops.sliced_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.live, width=self.width)
+            y = ops.sliced_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.live, width=self.width,
+                               residual=residual)
         return self.drop2(y)
 
 
@@ -185,7 +203,10 @@ class PrunedBlock(Block):
         else:
             x = x + self.drop_path1(self.ls1(y))
             y = self.norm2(x)
-        x = x + self.drop_path2(self.ls2(self.mlp(y)))
+        if isinstance(self.ls2, nn.Identity) and isinstance(self.drop_path2, nn.Identity) and not _watched(self.mlp):
+            x = self.mlp(y, x)
+        else:
+            x = x + self.drop_path2(self.ls2(self.mlp(y)))
         return (x, scores) if class_attention else x
 
 

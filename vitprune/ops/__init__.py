@@ -1,6 +1,7 @@
 """The operators of a pruned vision transformer: one file each, with definition, gradient and choice of backend."""
 from .add_norm import add_norm
 from .compact_tokens import compact_tokens, expand_rows
+from .linear import linear
 from .policy_attention import policy_attention, softmax_with_policy
 from .registry import backend
 from .select_tokens import select_tokens
@@ -8,5 +9,5 @@ from .short_attention import short_attention
 from .sliced_linear import sliced_linear
 from .sliced_mlp import sliced_mlp
 
-__all__ = ["add_norm", "backend", "compact_tokens", "expand_rows", "policy_attention", "select_tokens",
+__all__ = ["add_norm", "backend", "compact_tokens", "expand_rows", "linear", "policy_attention", "select_tokens",
            "short_attention", "sliced_linear", "sliced_mlp", "softmax_with_policy"]

@@ -1,4 +1,6 @@
 """Attention over short sequences, read from the fused qkv buffer: a dense batch, or packed rows with cu_seqlens."""
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,17 +40,42 @@ def reference(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen
 
 
 def library(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
-    """PyTorch's fused attention; packed rows one sequence at a time on a CPU, padded under a mask elsewhere."""
+    """PyTorch's fastest attention; packed rows one sequence at a time on a CPU, padded under a mask elsewhere."""
     if cu_seqlens is not None and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
         ends = cu_seqlens.tolist()
         lengths = [b - a for a, b in zip(ends, ends[1:])]
         parts = [library(s[None], num_heads, None, 0, scale)[0] for s in qkv[:ends[-1]].split(lengths)]
         return torch.cat([*parts, qkv.new_zeros(qkv.shape[0] - ends[-1], qkv.shape[1] // 3)])
+    if _matmuls_win(qkv, cu_seqlens):
+        return _matmuls(qkv, num_heads, scale)
     padded, keep = _pad(qkv, cu_seqlens, max_seqlen)
     q, k, v = _heads(padded, 3, num_heads)
     mask = None if keep is None else keep[:, None, None, :]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return _unpad(out.transpose(1, 2).flatten(2), cu_seqlens, qkv.shape[0])
+
+
+def _matmuls_win(qkv: Tensor, cu_seqlens: Tensor | None) -> bool:
+    """Whether two matrix products and a softmax beat SDPA: measured on a CPU, without gradient, for short sequences."""
+    if qkv.device.type != "cpu" or cu_seqlens is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch.is_grad_enabled() and qkv.requires_grad:  # SDPA keeps no N x N for the backward
+        return False
+    if qkv.dtype == torch.bfloat16:
+        return 48 <= qkv.shape[1] <= 320 and _native_bfloat16()
+    return qkv.dtype == torch.float32 and 48 <= qkv.shape[1] <= 144
+
+
+@functools.cache
+def _native_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def _matmuls(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
+    B, N, X = qkv.shape
+    q, k, v = qkv.view(B, N, 3, num_heads, -1).permute(2, 0, 3, 1, 4).reshape(3, B * num_heads, N, -1)
+    out = torch.bmm(torch.bmm(q * scale, k.transpose(1, 2)).softmax(-1), v)
+    return out.view(B, num_heads, N, -1).transpose(1, 2).reshape(B, N, X // 3)
 
 
 def _pad(rows: Tensor, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[Tensor, Tensor | None]:

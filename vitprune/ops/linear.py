@@ -1,0 +1,48 @@
+"""A dense linear layer by the fastest library call, exact GELU in its epilogue."""
+import functools
+import platform
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from .registry import fail
+
+
+def linear(x: Tensor, w: Tensor, b: Tensor | None, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+    """residual + x w^T + b, or gelu(x w^T + b); x [..., I], w [O, I], b [O] or None, residual [..., O] or None -> [..., O].
+
+    On an x86 CPU, without gradients, by oneDNN, which adds the bias and the residual or applies GELU while it writes the
+    product. PyTorch's separate calls elsewhere. Raises ValueError for a residual together with GELU.
+    """
+    if gelu and residual is not None:
+        fail("linear", "residual", "None together with gelu", "both")
+    if _onednn_serves(x, w, b) and (residual is None or residual.dtype == x.dtype):
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, w, b, "add")
+        return torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu" if gelu else "none", [], "none" if gelu else "")
+    y = F.linear(x, w, b)
+    if residual is not None:
+        return residual + y
+    return F.gelu(y) if gelu else y
+
+
+def _onednn_serves(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not all(t.numel() and t.dtype == x.dtype for t in (x, w)):
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return False
+    if not (torch.backends.mkldnn.enabled and _available()):
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)))
+
+
+@functools.cache
+def _available() -> bool:
+    found = platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+    if found:
+        @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+        def _flops(x_shape, *_, out_shape=None, **__) -> int:
+            return 2 * x_shape[-1] * torch.Size(out_shape).numel()
+    return found
