@@ -46,6 +46,8 @@ def save(model: PrunedViT, folder: str | os.PathLike) -> None:
     """
     if type(model).__name__ not in _CLASSES or type(model) is not _CLASSES[type(model).__name__][0]:
         raise TypeError(f"save: model must come from vitprune.prune, got {type(model).__module__}.{type(model).__qualname__}")
+    if model.learning is not None:
+        raise ValueError("save: the model must have settled which blocks it keeps (vitprune.learned.settle), it is still learning them")
     config = _describe(model)
     for difference in _differences(model, _rebuild(config)):
         raise ValueError(f"save: the model must be what vitprune.prune makes from a timm model, but {difference}")
@@ -86,6 +88,8 @@ def load(folder: str | os.PathLike, device: str | torch.device = "cpu") -> Prune
     model.load_state_dict(state, strict=True, assign=True)
     for block, sizes in zip(model.blocks, config["blocks"]):  # after the weights: ids live on their device
         block.attn.set_live(sizes["live_heads"])
+        if sizes.get("dims") is not None:
+            block.attn.set_dims(torch.tensor(sizes["dims"], device=device))
         block.mlp.set_live(sizes["live_hidden"], sizes["width"])
     model.mark_untrained(not config["trained"])
     if config["preprocessing"]:
@@ -120,7 +124,7 @@ def _describe(model: PrunedViT) -> dict:
     arguments = {
         "img_size": embed.img_size, "patch_size": embed.patch_size, "in_chans": embed.proj.in_channels,
         "num_classes": model.num_classes, "global_pool": model.global_pool, "embed_dim": C, "depth": len(blocks),
-        "num_heads": C // first.attn.head_dim, "mlp_ratio": (widest + 0.5) / C,  # the half: int(C * ratio) must round down
+        "num_heads": round(C * first.attn.scale ** 2), "mlp_ratio": (widest + 0.5) / C,  # the half: int(C * ratio) must round down
         "qkv_bias": first.attn.qkv.bias is not None, "qk_norm": not isinstance(first.attn.q_norm, nn.Identity),
         "proj_bias": first.attn.proj.bias is not None, "init_values": getattr(first.ls1, "init_values", None),
         "class_token": model.has_class_token, "pos_embed": "none" if model.pos_embed is None else "learn",
@@ -140,7 +144,8 @@ def _describe(model: PrunedViT) -> dict:
         "distilled_training": getattr(model, "distilled_training", False),
         "blocks": [{"heads": b.attn.num_heads, "live_heads": None if b.attn.live is None else b.attn.live.tolist(),
                     "hidden": b.mlp.fc1.out_features, "live_hidden": None if b.mlp.live is None else b.mlp.live.tolist(),
-                    "width": b.mlp.width} for b in blocks],
+                    "width": b.mlp.width, "head_dim": b.attn.head_dim,
+                    "dims": None if b.attn.dims is None else b.attn.dims.tolist()} for b in blocks],
         "tokens": None if tokens is None else dataclasses.asdict(tokens), "trained": not model.is_untrained(),
         "preprocessing": _preprocessing(model),
     }
@@ -175,6 +180,8 @@ def _rebuild(config: dict) -> PrunedViT:
         model.distilled_training = True
     for block, sizes in zip(model.blocks, config["blocks"], strict=True):
         block.attn.set_live(range(sizes["heads"]))
+        if sizes.get("head_dim", block.attn.head_dim) != block.attn.head_dim:
+            block.attn.set_dims(torch.arange(sizes["head_dim"], device="meta").expand(2, block.attn.num_heads, -1))
         block.mlp.set_live(range(sizes["hidden"]), 1)
         compact_block(block)
         block.mlp.set_live(None, sizes["width"])

@@ -33,6 +33,11 @@ def _dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: 
     return x if residual is None else residual + x
 
 
+def _drop(dropout: nn.Module, x: Tensor) -> Tensor:
+    """Dropout; in evaluation not even called, which at batch 1 is a percent of the time."""
+    return dropout(x) if dropout.training or _watched(dropout) else x
+
+
 def _live_buffer(module: nn.Module, kind: str, ids: Sequence[int] | None, count: int) -> None:
     """Store which of `count` units are live, None where all are; it is not part of the state dict."""
     name, device = type(module).__name__, next(module.parameters()).device
@@ -62,10 +67,18 @@ class PrunedAttention(Attention):
             raise ValueError("PrunedAttention: gated and scale_norm must be off: they mix heads")
         if "live" not in self._buffers:
             self.set_live(None)
+            self.set_dims(None)
+            self.head_gate = self.dim_gate = None
 
     def set_live(self, live: Sequence[int] | None) -> None:
         """Choose the live heads: ascending ids, or None for all."""
         _live_buffer(self, "heads", live, self.num_heads)
+
+    def set_dims(self, dims: Tensor | None) -> None:
+        """Choose the live dimensions of each head: ascending ids, int64 [2, H, K], of q and k and of v; or None for all.
+
+        The others are multiplied by zero; `compact` turns them into speed."""
+        self.register_buffer("dims", dims, persistent=False)
 
     @property
     def live_heads(self) -> int:
@@ -90,20 +103,21 @@ class PrunedAttention(Attention):
         if H == 0:
             if class_attention:
                 raise ValueError("PrunedAttention: class_attention must be False in a layer without heads")
-            return self.proj_drop(self._proj(x[..., :0]))
+            return _drop(self.proj_drop, self._proj(x[..., :0]))
         qkv = self._qkv(x)
         normed = not isinstance(self.q_norm, nn.Identity)
         dropout = self.attn_drop.p if self.training else 0.0
+        dims = self._dims()
         q = k = v = None
-        if normed or class_attention or policy is not None or masked or dropout:
+        if normed or class_attention or policy is not None or masked or dropout or dims is not None:
             q, k, v = qkv.unflatten(-1, (3, H, self.head_dim)).unbind(-3)  # [B, N, H, D]
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if cu_seqlens is not None:
-            if normed:
+            if dims is not None:
+                q, v = q * dims[0].to(q.dtype), v * dims[1].to(v.dtype)
+        if cu_seqlens is not None or (policy is None and not (masked or dropout)):
+            if q is not None and (normed or dims is not None):
                 qkv = torch.stack((q, k, v), -3).flatten(-3)
             y = ops.short_attention(qkv, num_heads=H, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, scale=self.scale)
-        elif policy is None and not (normed or masked or dropout):
-            y = ops.short_attention(qkv, num_heads=H, scale=self.scale)
         else:
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             if policy is not None:
@@ -113,8 +127,19 @@ class PrunedAttention(Attention):
                                                    scale=self.scale)
             q, k = q.transpose(1, 2), k.transpose(1, 2)
             y = y.transpose(1, 2).flatten(2)
-        out = self.proj_drop(self._proj(y))
+        if self.head_gate is not None:
+            y = (y.unflatten(-1, (H, self.head_dim)) * self.head_gate().to(y.dtype)[:, None]).flatten(-2)
+        out = _drop(self.proj_drop, self._proj(y))
         return (out, _class_attention(q, k, self.scale)) if class_attention else out
+
+    def _dims(self) -> Tensor | None:
+        """What multiplies the dimensions of the live heads, [2, H, D]; None where all are as they are."""
+        if self.dim_gate is not None:
+            return self.dim_gate()
+        if self.dims is None:
+            return None
+        factors = torch.zeros(2, self.num_heads, self.head_dim, device=self.dims.device).scatter(-1, self.dims, 1.0)
+        return factors if self.live is None else factors[:, self.live]
 
     def _qkv(self, x: Tensor) -> Tensor:
         if self.live is None:
@@ -154,6 +179,7 @@ class PrunedMlp(Mlp):
             raise ValueError(f"PrunedMlp: act_layer must be the exact GELU, got {self.act}")
         if "live" not in self._buffers:
             self.set_live(None)
+            self.hidden_gate = None
 
     def set_live(self, live: Sequence[int] | None, width: int = 64) -> None:
         """Choose the live blocks of `width` hidden units: ascending ids, or None for all."""
@@ -173,7 +199,10 @@ class PrunedMlp(Mlp):
         if residual is not None and self.training and self.drop2.p > 0:
             return residual + self(x)
         if self.live is None:
-            y = _dense(self.fc2, self.drop1(_dense(self.fc1, x, self.act)), residual=residual)
+            y = _drop(self.drop1, _dense(self.fc1, x, self.act))
+            if self.hidden_gate is not None:
+                y = (y.unflatten(-1, (-1, self.width)) * self.hidden_gate().to(y.dtype)[:, None]).flatten(-2)
+            y = _dense(self.fc2, y, residual=residual)
         elif self.training and self.drop1.p > 0:
             y = ops.sliced_linear(x, self.fc1.weight, self.fc1.bias, self.live, side="out", width=self.width)
             y = ops.sliced_linear(self.drop1(self.act(y)), self.fc2.weight, self.fc2.bias, self.live, side="in", width=self.width)
@@ -181,7 +210,7 @@ class PrunedMlp(Mlp):
         else:
             y = ops.sliced_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.live, width=self.width,
                                residual=residual)
-        return self.drop2(y)
+        return _drop(self.drop2, y)
 
 
 class PrunedBlock(Block):
@@ -212,16 +241,19 @@ class PrunedBlock(Block):
 
 @torch.no_grad()
 def compact_block(block: PrunedBlock) -> None:
-    """Slice the weights of a block, in place, to its live heads and hidden units."""
+    """Slice the weights of a block, in place, to its live heads, dimensions of heads and hidden units."""
     attn, mlp = block.attn, block.mlp
-    if attn.live is not None:
-        units = block_index(attn.live, attn.head_dim)
-        dim = attn.num_heads * attn.head_dim
-        _slice(attn.qkv, torch.cat([units + i * dim for i in range(3)]), 0)
-        _slice(attn.proj, units, 1)
-        attn.num_heads = attn.live.shape[0]
+    if attn.live is not None or attn.dims is not None:
+        H, D, device = attn.num_heads, attn.head_dim, attn.qkv.weight.device
+        live = torch.arange(H, device=device) if attn.live is None else attn.live.long()
+        dims = torch.arange(D, device=device).expand(2, H, D) if attn.dims is None else attn.dims
+        qk, v = (live[:, None] * D + dims[:, live]).flatten(1)
+        _slice(attn.qkv, torch.cat([qk, qk + H * D, v + 2 * H * D]), 0)
+        _slice(attn.proj, v, 1)
+        attn.num_heads, attn.head_dim = live.shape[0], dims.shape[-1]
         attn.attn_dim = attn.num_heads * attn.head_dim
         attn.set_live(None)
+        attn.set_dims(None)
     if mlp.live is not None:
         units = block_index(mlp.live, mlp.width)
         _slice(mlp.fc1, units, 0)

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransfor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import ops
+from . import learned, ops
 from .blocks import BlockPruning
 from .layers import PrunedAttention, PrunedBlock, PrunedMlp, adopt, compact_block
 from .tokens import TokenPredictor, TokenPruning, sample_policy
@@ -39,6 +39,7 @@ class _Stream(NamedTuple):
 class _Pruned:
     """What PrunedViT and PrunedDistilledViT add to their timm classes."""
     tokens: TokenPruning | None = None
+    learning: BlockPruning | None = None    # while its heads and hidden units are being learned
 
     def _prepare(self) -> None:
         self.blocks = nn.Sequential(*(b if isinstance(b, PrunedBlock) else adopt(PrunedBlock, b) for b in self.blocks))
@@ -290,6 +291,7 @@ def compact(model: PrunedViT) -> PrunedViT:
     if not isinstance(model, _Pruned):
         raise TypeError(f"compact: model must come from vitprune.prune, got {type(model).__name__}")
     new = copy.deepcopy(model)
+    learned.settle(new)
     for block in new.blocks:
         compact_block(block)
     return new

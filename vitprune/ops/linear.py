@@ -29,7 +29,9 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, *, gelu: bool = False, residu
 
 
 def _onednn_serves(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or not all(t.numel() and t.dtype == x.dtype for t in (x, w)):
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or w.dtype != x.dtype:
+        return False
+    if x.numel() == 0 or w.numel() == 0:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
