@@ -101,6 +101,19 @@ def _eager(model: nn.Module, images: Tensor) -> Engine:
     return torch.inference_mode()(model.__call__)
 
 
+def _modules(model: nn.Module, images: Tensor) -> Engine:
+    """A dense model in the modules and operators of this package, nothing pruned: what pruning itself must beat."""
+    from .blocks import BlockPruning
+    from .vit import prune
+
+    if hasattr(model, "learning"):
+        return _eager(model, images)
+    try:
+        return _eager(prune(model, blocks=BlockPruning()), images)
+    except (TypeError, ValueError) as error:
+        raise Unavailable(str(error)) from None
+
+
 def _compiled(mode: str) -> Callable[[nn.Module, Tensor], Engine]:
     def make(model: nn.Module, images: Tensor) -> Engine:
         if images.device.type != "cuda" and mode != "default":
@@ -231,7 +244,7 @@ def check_onnx(path: str | os.PathLike, model: nn.Module, images: Tensor) -> flo
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-ENGINES = {"eager": _eager, "compiled": _compiled("default"),
+ENGINES = {"eager": _eager, "modules": _modules, "compiled": _compiled("default"),
            "compiled:max-autotune": _compiled("max-autotune-no-cudagraphs"),
            "compiled:reduce-overhead": _compiled("reduce-overhead"), "cuda_graph": _cuda_graph,
            "onnxruntime": _onnxruntime, "openvino": _openvino}
