@@ -91,7 +91,8 @@ def test_tokens_that_do_not_leave_are_an_error(pair, monkeypatch):
         bench.check_removed(pair[1])
 
 
-@pytest.mark.parametrize(("name", "side"), [("modules", 0), ("modules", 1), ("compiled", 1), ("onnxruntime", 0), ("onnxruntime", 1), ("openvino", 0), ("openvino", 1)])
+@pytest.mark.parametrize(("name", "side"), [("modules", 0), ("modules", 1), ("compiled", 1), ("onnxruntime", 0), ("onnxruntime", 1),
+                                             ("openvino", 0), ("openvino", 1)])
 def test_engines_agree_with_plain_evaluation(pair, name, side):
     if name not in ("modules", "compiled"):
         pytest.importorskip(name)

@@ -87,10 +87,10 @@ def test_prune_a_checkpoint(tmp_path):
     (["bench", *SMALL, "--threads", "0"], "threads must be >= 1, got 0"),
     (["prune", "test_vit", "--output", "/tmp/x"], "--tokens, --heads or --hidden must be given"),
     (["prune", "test_vit", "--heads", "0.5", "--checkpoint", "/nosuch.pth", "--output", "/tmp/x"], "/nosuch.pth"),
-    (["eval", "test_vit", "--data", "/nosuch"], "data must be a folder"),
+    (["eval", "test_vit", "--data", "/nosuch"], "source must be a folder"),
     (["table1", "--data", "/nosuch"], "data and checkpoints must be given together"),
     (["nothing"], "invalid choice: 'nothing'"),
-    ([], 'to be one of {demo,'),
+    ([], 'to be one of {train,'),
 ])
 def test_user_errors(capsys, argv, message):
     assert main(argv) == 2

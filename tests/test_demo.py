@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vitprune import demo, report
-from vitprune.data import load_digits
+from vitprune.digits import load_digits
 
 NAMES = ["dense", "tokens", "random tokens", "blocks", "random blocks", "both", demo.LEARNED, demo.RANDOM]
 

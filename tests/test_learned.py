@@ -6,7 +6,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import vitprune
 from vitprune import learned
-from vitprune.blocks import BlockPruning, Cubic, parse_spec
+from vitprune.blocks import BlockPruning, parse_spec
+from vitprune.learned import Cubic
 
 
 def small(seed=0, **kwargs):

@@ -53,7 +53,8 @@ def test_counted(residual):
 
 
 def test_hook_on_the_mlp_sees_its_output_alone():
-    model = vitprune.prune(timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32).eval(), blocks=vitprune.BlockPruning(hidden=0.5))
+    dense = timm.create_model("deit_tiny_patch16_224", depth=1, img_size=32).eval()
+    model = vitprune.prune(dense, blocks=vitprune.BlockPruning(hidden=0.5))
     block, seen, x = model.blocks[0].eval(), [], torch.randn(1, 5, 192)
     with torch.no_grad():
         fused = block(x)

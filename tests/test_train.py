@@ -7,8 +7,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitprune import BlockPruning, TokenPruning, prune
-from vitprune.data import TensorLoader
-from vitprune.train import NonFiniteLoss, TrainConfig, evaluate, parameter_groups, soft_target, teach, train
+from vitprune.digits import TensorLoader
+from vitprune.evaluate import evaluate, teach
+from vitprune.train import NonFiniteLoss, TrainConfig, parameter_groups, soft_target, train
 
 CONFIG = TrainConfig(epochs=2, batch_size=16, warmup_epochs=0, backbone_lr_scale=1.0, backbone_frozen_epochs=0,
                      train_embeddings=True)

@@ -10,8 +10,9 @@ from .checkpoint import load, save
 from .convert import load_dynamicvit, load_weights
 from .engine import accelerate
 from .layers import PrunedAttention, PrunedBlock, PrunedMlp
+from .learned import Cubic
 from .tokens import TokenPruning
 from .vit import PrunedDistilledViT, PrunedOutput, PrunedViT, compact, prune
 
-__all__ = ["BlockPruning", "PrunedAttention", "PrunedBlock", "PrunedDistilledViT", "PrunedMlp", "PrunedOutput", "PrunedViT",
+__all__ = ["BlockPruning", "Cubic", "PrunedAttention", "PrunedBlock", "PrunedDistilledViT", "PrunedMlp", "PrunedOutput", "PrunedViT",
            "TokenPruning", "accelerate", "compact", "load", "load_dynamicvit", "load_weights", "ops", "prune", "save"]

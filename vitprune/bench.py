@@ -15,8 +15,8 @@ from torch import nn
 from .blocks import BlockPruning, tokens_per_block
 from .engine import ENGINES, Engine, Unavailable, build
 from .measure import count, image_size
+from .progress import Progress
 from .tokens import TokenPruning
-from .train import Progress
 from .vit import compact, prune
 
 ROUNDS = 5

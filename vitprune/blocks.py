@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import learned
+from .learned import Cubic
 from .tokens import is_number
 
 if TYPE_CHECKING:
@@ -18,30 +19,6 @@ if TYPE_CHECKING:
 
 METHODS = ("magnitude", "random", "movement", "gates")
 Fractions = float | Sequence[float]
-
-
-@dataclass(frozen=True)
-class Cubic:
-    """When learned blocks leave (nn_pruning's schedule): nothing in the first `initial` of the training, everything asked
-    for in the last `final` of it, and in between 1 - (1 - x)^3 of it, x going from 0 to 1.
-
-    Raises ValueError for fractions that leave nothing in between.
-    """
-    initial: float = 0.1
-    final: float = 0.3
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.initial and 0 <= self.final and self.initial + self.final < 1):
-            raise ValueError(f"Cubic: initial and final must be >= 0 and together < 1, got {self.initial} and {self.final}")
-
-    def fraction(self, progress: float) -> float:
-        """How much of the pruning has happened at `progress` of the training, both in [0, 1]."""
-        x = (progress - self.initial) / (1 - self.initial - self.final)
-        return 1 - (1 - min(1.0, max(0.0, x))) ** 3
-
-    def density(self, progress: float, target: float) -> float:
-        """What is kept at `progress` where `target` is kept in the end."""
-        return 1 + (target - 1) * self.fraction(progress)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .layers import adopt, compact_block
+from .resume import sync
 from .tokens import TokenPruning
 from .vit import PrunedDistilledViT, PrunedViT
 
@@ -223,20 +224,10 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(new)
         for item in (new, path.parent):  # the folder too: the name of the new file is kept there
-            _sync(item)
+            sync(item)
         os.replace(new, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise OSError(f"save: {path} could not be written, an older file is as it was: {error}") from error
     finally:
         new.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The command line: `vitprune demo | prune | eval | flops | bench | table1 | export | doctor`."""
+"""The command line: `vitprune train | demo | prune | eval | flops | bench | table1 | export | doctor`."""
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +33,9 @@ def _parse(argv: list[str]) -> tuple[str, Namespace]:
         if name == asked:  # the other commands' parsers would import what they need
             add(one)
         commands.add_subcommand(name, one, help=summary)
+    if asked == "train":
+        from .run import find_recipes
+        argv = find_recipes(argv)
     options = parser.parse_args(argv)
     return options.command, options[options.command]
 
@@ -229,7 +232,10 @@ def _prune(options: Namespace) -> None:
 def _add_eval(parser: ArgumentParser) -> None:
     _add_pruning(parser)
     _add_weights(parser)
-    parser.add_argument("--data", type=str, required=True, help="image folder, one folder a class (WordNet id)")
+    parser.add_argument("--data", type=str, required=True, help="an image folder, parquet:PATH, hf:NAME, stream:NAME or digits")
+    parser.add_argument("--split", type=str, default="val", help="of the held-out pictures")
+    parser.add_argument("--class-map", type=str, help="JSON file {class name: id}, for names that do not tell their id")
+    parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable pictures out instead of refusing")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", type=str, help="cpu or cuda; by default the GPU where there is one")
@@ -237,26 +243,13 @@ def _add_eval(parser: ArgumentParser) -> None:
 
 
 def _eval(options: Namespace) -> None:
-    if not Path(options.data).is_dir():
-        raise FileNotFoundError(f"eval: data must be a folder with one folder of pictures a class, got {options.data!r}")
-    device = _device(options.device)
-    model = _model(options).to(device)
-    result = top1(model, options.data, device, options.batch_size, options.workers)
+    from .evaluate import evaluate_source
+
+    model = _model(options)
+    result = evaluate_source(model, options.data, _device(options.device), options.batch_size, eval_split=options.split,
+                             class_map=options.class_map, skip_corrupt=options.skip_corrupt, workers=options.workers)
     print(json.dumps({"model": options.model, **result}) if options.json
           else f"{options.model}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['count']} pictures")
-
-
-def top1(model, data: str, device: str, batch_size: int = 64, workers: int = 2) -> dict:
-    """Accuracy of a model on an image folder, with the preprocessing that the model was made for."""
-    from timm.data import resolve_data_config
-
-    from .data import create_eval_loader
-    from .train import evaluate
-
-    c = resolve_data_config(model=model)
-    loader = create_eval_loader(data, batch_size, image_size=c["input_size"][-1], resize=round(c["input_size"][-1] / c["crop_pct"]),
-                                mean=c["mean"], std=c["std"], workers=workers, device=device)
-    return evaluate(model, loader)
 
 
 def _add_export(parser: ArgumentParser) -> None:
@@ -283,6 +276,22 @@ def _export(options: Namespace) -> None:
     print(f"{path}: any batch size; ONNX Runtime's logits differ by {difference:.1e} of the largest")
 
 
+def _add_train(parser: ArgumentParser) -> None:
+    from .run import RunConfig
+
+    parser.add_argument("--config", action="config", help="YAML file, or the name of a recipe that comes with the package")
+    parser.add_class_arguments(RunConfig)
+
+
+def _train(options: Namespace) -> int:
+    from .run import RunConfig, main
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    options.pop("config", None)
+    return main(RunConfig(**vars(parser.instantiate(options))))
+
+
 def _add_demo(parser: ArgumentParser) -> None:
     from .demo import DemoConfig
 
@@ -306,9 +315,10 @@ def _doctor(options: Namespace) -> int | None:
 
 
 COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
+    "train": ("train, prune and distil as a configuration says", _add_train, _train),
     "demo": ("train, prune and time small models on this machine; writes a report", _add_demo, _demo),
     "prune": ("prune a timm model and save it", _add_prune, _prune),
-    "eval": ("top-1 and top-5 on an image folder", _add_eval, _eval),
+    "eval": ("top-1 and top-5 on an image folder, a parquet file or a Hugging Face dataset", _add_eval, _eval),
     "flops": ("parameters and multiply-accumulates", _add_flops, _flops),
     "bench": ("dense against pruned, interleaved, on this machine", _add_bench, _bench),
     "table1": ("the paper's Table 1: printed, true, measured here", _add_table1, _table1),

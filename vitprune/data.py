@@ -1,164 +1,274 @@
-"""Pictures and labels: the embedded handwritten digits in memory, and an image folder for evaluation."""
+"""Batches from any source: the same order, augmentation and labels whatever the pictures come from."""
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import json
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import PIL.Image
+import numpy as np
 import torch
-import torch.nn.functional as F
-from timm.data import ImageDataset, ImageNetInfo, create_loader
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data import create_transform
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-DIGITS_HELD_OUT = 600
+from .digits import load_digits
+from .sources import UNREADABLE, Source, Stream, decode, open_source
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class TensorLoader:
-    """Batches (images, labels) from tensors held in memory. Order and augmentation are functions of `seed` and `epoch`.
+class DataConfig:
+    """Where the pictures are and what is done to them.
 
-    Args:
-        images: [M, C, H, W] in [0, 1]; a batch is normalised to (images - mean) / std.
-        labels: int64 [M].
-        training: shuffle, augment, and drop the last batch where it is short.
+    source: "digits" (embedded), an image folder (of splits, or of classes), "parquet:FILE_OR_FOLDER", "hf:NAME[@CONFIG]",
+        "stream:NAME[@CONFIG]" or "stream:parquet:FILE_OR_FOLDER"; eval_source: of the held-out pictures, by default the same.
+    train_split, eval_split: names of the splits ("val" and "validation" stand for each other in a folder).
+    image_size, resize: evaluation resizes the shorter side to `resize` (by default image_size / 0.875) and crops the centre.
+    scale, ratio, hflip, color_jitter, auto_augment, reprob, interpolation: timm's training transform; scale None: the
+        evaluation's transform, as in block pruning's reference.
+    workers: processes that decode. window: pictures are shuffled within windows of so many, None: all at once; a stream
+        has windows of 10,000 by default, and other sources give the same batches with the same window.
+    subset: file of picture numbers (see `write_subset`). max_corrupt: share of unreadable pictures that training stands.
+    skip_corrupt: whether evaluation, too, leaves them out instead of refusing.
+    class_map: JSON file {class name: id}. image_key, label_key: columns, where they are not found. length: of a stream.
+
+    Raises ValueError naming the field that is out of range.
     """
-    images: Tensor
-    labels: Tensor
-    batch_size: int
-    mean: float
-    std: float
-    training: bool = False
-    seed: int = 0
-    epoch: int = 0
+    source: str = "digits"
+    eval_source: str | None = None
+    train_split: str = "train"
+    eval_split: str = "val"
+    image_size: int = 224
+    resize: int | None = None
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    scale: tuple[float, float] | None = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = 0.5
+    color_jitter: float | None = 0.4
+    auto_augment: str | None = None
+    reprob: float = 0.0
+    interpolation: str = "bicubic"
+    workers: int = 2
+    window: int | None = None
+    subset: str | None = None
+    max_corrupt: float = 0.01
+    skip_corrupt: bool = False
+    class_map: str | None = None
+    image_key: str | None = None
+    label_key: str | None = None
+    length: int | None = None
 
-    def __post_init__(self):
-        if not 0 < self.batch_size <= len(self.images):
-            raise ValueError(f"TensorLoader: batch_size must be in 1..{len(self.images)}, got {self.batch_size}")
+    def __post_init__(self) -> None:
+        for name, ok, expected in (("image_size", self.image_size >= 1, ">= 1"), ("workers", self.workers >= 0, ">= 0"),
+                                   ("resize", self.resize is None or self.resize >= self.image_size, f"None or >= {self.image_size}"),
+                                   ("window", self.window is None or self.window >= 1, "None or >= 1"),
+                                   ("max_corrupt", 0 <= self.max_corrupt <= 1, "in [0, 1]"), ("hflip", 0 <= self.hflip <= 1, "in [0, 1]")):
+            if not ok:
+                raise ValueError(f"DataConfig: {name} must be {expected}, got {getattr(self, name)}")
 
-    def at_epoch(self, epoch: int) -> TensorLoader:
-        """The same loader in the order and with the augmentation of another epoch."""
-        return replace(self, epoch=epoch)
+    def open(self, training: bool) -> Source:
+        """The source of one split."""
+        source = self.source if training or self.eval_source is None else self.eval_source
+        split = self.train_split if training else self.eval_split
+        if not training and split in ("val", "validation"):
+            split = next((s for s in (split, "val", "validation") if (Path(source) / s).is_dir()), split)
+        return open_source(source, split, class_map=self.class_map, length=self.length if training else None,
+                           image=self.image_key, label=self.label_key)
 
-    def to(self, device: torch.device | str) -> TensorLoader:
-        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+    def transform(self, training: bool):
+        """timm's transform to a normalised tensor [3, S, S]."""
+        common = dict(input_size=(3, self.image_size, self.image_size), interpolation=self.interpolation, mean=self.mean, std=self.std)
+        if training and self.scale is not None:
+            return create_transform(**common, is_training=True, scale=self.scale, ratio=self.ratio, hflip=self.hflip,
+                                    color_jitter=self.color_jitter, auto_augment=self.auto_augment, re_prob=self.reprob)
+        return create_transform(**common, crop_pct=self.image_size / (self.resize or round(self.image_size / 0.875)))
+
+
+class Pictures(IterableDataset):
+    """Batches (images [B, 3, S, S], labels [B], names of unreadable pictures) of a source, in the order of an epoch.
+
+    Order and augmentation of a picture are functions of (seed, epoch, its number), whatever the source, the worker and the
+    number of processes.
+    """
+
+    def __init__(self, source: Source, transform, batch_size: int, *, training: bool, seed: int = 0, window: int | None = None,
+                 subset: Sequence[int] | None = None, strict: bool = False, rank: int = 0, world_size: int = 1) -> None:
+        self.source, self.transform, self.batch_size, self.training, self.seed = source, transform, batch_size, training, seed
+        self.window = window or (10_000 if isinstance(source, Stream) else None)
+        self.ids = torch.arange(len(source)) if subset is None else torch.tensor(sorted(subset))
+        if len(self.ids) == 0 or not 0 <= int(self.ids[0]) <= int(self.ids[-1]) < len(source):
+            raise ValueError(f"data: subset must hold numbers in 0..{len(source) - 1}, at least one, "
+                             f"got {len(self.ids)} from {self.ids[:1].tolist()} to {self.ids[-1:].tolist()}")
+        if training and (batch_size % world_size or batch_size > len(self.ids)):
+            raise ValueError(f"data: batch_size must be a multiple of the {world_size} processes and at most the {len(self.ids)} pictures, "
+                             f"got {batch_size}")
+        self.strict, self.rank, self.world_size, self.epoch, self.start = strict, rank, world_size, 0, 0
+
+    def batches(self) -> int:
+        return len(self.ids) // self.batch_size if self.training else -(-len(self.ids) // self.batch_size)
+
+    def order(self) -> Tensor:
+        """Positions in `ids`, as this epoch visits them."""
+        count = len(self.ids)
+        if not self.training:
+            return torch.arange(count)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        windows = torch.arange(count).split(self.window or count)
+        return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        worker = get_worker_info()
+        part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        mine = []
+        for number, rows in enumerate(self.order().split(self.batch_size)[:self.batches()]):
+            share = rows[len(rows) * self.rank // self.world_size:len(rows) * (self.rank + 1) // self.world_size]
+            if number >= self.start and (number - self.start) % parts == part:
+                mine.append(self.ids[share].tolist())
+        for ids, records in self._read(mine):
+            yield self._collate([(i, *records[i]) for i in ids])
+
+    def _read(self, batches: list[list[int]]) -> Iterator[tuple[list[int], dict]]:
+        if self.source.random:
+            for ids in batches:
+                yield ids, dict(zip(sorted(ids), self.source.records(sorted(ids))))
+            return
+        wanted = sorted(i for ids in batches for i in ids)   # a stream: read on until the batch is complete, keep what later ones need
+        arriving, held = zip(wanted, self.source.records(wanted)), {}
+        for ids in batches:
+            while any(i not in held for i in ids):
+                i, record = next(arriving)
+                held[i] = record
+            yield ids, {i: held.pop(i) for i in ids}
+
+    def _collate(self, records: list[tuple[int, bytes, int, str]]) -> tuple[Tensor, Tensor, list[str]]:
+        images, labels, bad = [], [], []
+        for i, data, label, name in records:
+            try:
+                picture = decode(data)
+            except UNREADABLE as error:
+                if self.strict:
+                    raise ValueError(f"evaluation: {name} must be a picture that can be read, got {type(error).__name__}: {error} "
+                                     "(skip_corrupt leaves such pictures out)") from None
+                bad.append(name)
+                continue
+            images.append(self._augment(picture, i))
+            labels.append(label)
+        if self.training and bad and images:  # the batch keeps its size: its readable pictures stand in, in turn
+            good = len(images)
+            images += [images[k % good] for k in range(len(bad))]
+            labels += [labels[k % good] for k in range(len(bad))]
+        stacked = torch.stack(images) if images else torch.zeros(0, 3, 1, 1)
+        return stacked, torch.tensor(labels, dtype=torch.int64), bad
+
+    def _augment(self, picture, i: int) -> Tensor:
+        if not self.training:
+            return self.transform(picture)
+        seed = ((self.seed * 1_000_003 + self.epoch) * 2_147_483_647 + i) % 2 ** 63
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (timm's transforms draw from it)
+        try:
+            random.seed(seed)
+            np.random.seed(seed % 2 ** 32)  # noqa: NPY002
+            torch.manual_seed(seed)
+            return self.transform(picture)
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            torch.set_rng_state(states[2])
+
+
+class Loader:
+    """Batches (images, labels) of `Pictures`; counts unreadable ones and stops where there are too many."""
+
+    def __init__(self, pictures: Pictures, workers: int, max_corrupt: float, epoch: int = 0, start: int = 0) -> None:
+        self.pictures, self.workers, self.max_corrupt, self.epoch, self.start = pictures, workers, max_corrupt, epoch, start
+        self.corrupt: set[str] = set()
+
+    def at_epoch(self, epoch: int, start: int = 0) -> Loader:
+        """The same pictures in the order and with the augmentation of another epoch, from its `start`th batch on."""
+        other = Loader(self.pictures, self.workers, self.max_corrupt, epoch, start)
+        other.corrupt = self.corrupt
+        return other
 
     def __len__(self) -> int:
-        batches = len(self.images) / self.batch_size
-        return math.floor(batches) if self.training else math.ceil(batches)
+        return self.pictures.batches()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        count = len(self.images)
-        order = torch.randperm(count, generator=random) if self.training else torch.arange(count)
-        for rows in order.to(self.images.device).split(self.batch_size)[:len(self)]:
-            images = self.images[rows]
-            if self.training:
-                images = augment(images, random)
-            yield (images - self.mean) / self.std, self.labels[rows]
+        self.pictures.epoch, self.pictures.start = self.epoch, self.start
+        for images, labels, bad in DataLoader(self.pictures, batch_size=None, num_workers=self.workers):
+            if bad and not self.corrupt.issuperset(bad):
+                self.corrupt.update(bad)
+                warnings.warn(f"data: {len(self.corrupt)} unreadable pictures so far, {bad[0]} among them", stacklevel=2)
+                if self.pictures.training and len(self.corrupt) > self.max_corrupt * len(self.pictures.ids):
+                    raise ValueError(f"data: at most a share of {self.max_corrupt} (max_corrupt) of the {len(self.pictures.ids)} pictures "
+                                     f"may be unreadable, got {len(self.corrupt)}: {', '.join(sorted(self.corrupt)[:5])}, ...")
+            if len(images):
+                yield images, labels
+            elif self.pictures.training:
+                raise ValueError(f"data: a batch must hold a picture that can be read, got none: {', '.join(bad[:5])}")
 
 
-def augment(images: Tensor, generator: torch.Generator, *, shift: float = 0.5, degrees: float = 6.0,
-            scale: float = 0.06) -> Tensor:
-    """Moves each picture [B, C, H, W] by up to `shift` pixels, turns it and scales it, all at random; fills with zeros."""
-    batch, _, height, width = images.shape
-    uniform = 2 * torch.rand(batch, 4, generator=generator) - 1
-    angle = math.radians(degrees) * uniform[:, 0]
-    zoom = 1 + scale * uniform[:, 1]
-    sin, cos = zoom * angle.sin(), zoom * angle.cos()
-    down, right = 2 * shift / height * uniform[:, 2], 2 * shift / width * uniform[:, 3]
-    theta = torch.stack([torch.stack([cos, -sin, right], 1), torch.stack([sin, cos, down], 1)], 1)  # [B, 2, 3]
-    grid = F.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid.to(images.dtype), align_corners=False)
+def create_loaders(data: DataConfig, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1):
+    """(training, held-out, number of classes): see `Loader`; batch_size is that of all processes together.
 
-
-def load_digits(batch_size: int = 128, seed: int = 0) -> tuple[TensorLoader, TensorLoader]:
-    """Training and held-out loaders of scikit-learn's 1,797 handwritten digits, [B, 1, 8, 8], 10 classes.
-
-    The split is fixed and stratified: 1,197 to train on, 600 held out. `seed` governs order and augmentation only.
-
-    Raises:
-        ModuleNotFoundError: scikit-learn is missing; the message names the extra that brings it.
+    Raises ValueError where training and held-out pictures disagree about the classes.
     """
-    try:
-        from sklearn.datasets import load_digits as load
-        from sklearn.model_selection import train_test_split
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("load_digits: the digits come with scikit-learn, which is missing: "
-                                  "pip install 'vitprune[demo]'") from error
-    digits = load()
-    train, held_out = train_test_split(range(len(digits.target)), test_size=DIGITS_HELD_OUT, random_state=0,
-                                       stratify=digits.target)
-    images = torch.from_numpy(digits.images).float().div(16).unsqueeze(1)
-    labels = torch.from_numpy(digits.target).long()
-    std, mean = (value.item() for value in torch.std_mean(images[train]))
-    return (TensorLoader(images[train], labels[train], batch_size, mean, std, training=True, seed=seed),
-            TensorLoader(images[held_out], labels[held_out], DIGITS_HELD_OUT, mean, std))
+    if data.source == "digits":
+        training, held_out = load_digits(batch_size, seed, rank=rank, world_size=world_size)
+        return training, held_out, 10
+    source, held = data.open(True), data.open(False)
+    if source.names is not None and held.names is not None and list(source.names) != list(held.names):
+        raise ValueError(f"data: training and held-out pictures must have the same classes, got {list(source.names)[:5]} and "
+                         f"{list(held.names)[:5]}")
+    subset = None if data.subset is None else read_subset(data.subset)
+    where = {"rank": rank, "world_size": world_size}
+    training = Pictures(source, data.transform(True), batch_size, training=True, seed=seed, window=data.window, subset=subset, **where)
+    return (Loader(training, data.workers, data.max_corrupt), create_eval_loader(data, batch_size, source=held, **where),
+            count_classes(source, held))
 
 
-def folder_classes(root: str | Path) -> dict[str, int]:
-    """Class id of each folder of pictures under `root`, by its name: WordNet ids of ImageNet-1k or -21k subsets of it.
-
-    Raises:
-        ValueError: the names are not WordNet ids of ImageNet-1k. Integer names are refused: their lexical order
-            ("0", "1", "10", ...) is not their numeric one, so a guess would scramble the labels.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"create_eval_loader: source must be a folder of class folders, got {root}")
-    names = sorted(path.name for path in root.iterdir() if path.is_dir())
-    if not names:
-        raise ValueError(f"create_eval_loader: source must hold one folder per class, found none in {root}")
-    known = {name: index for index, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        hint = "integer folder names do not say which class they mean" if re.fullmatch(r"\d+", unknown[0]) else \
-            "folder names must be WordNet ids of ImageNet-1k, such as n01440764"
-        raise ValueError(f"create_eval_loader: {hint}; got {unknown[0]!r} in {root} "
-                         "(from Python: create_eval_loader(..., class_map={name: class id}))")
-    return {name: known[name] for name in names}
+def create_eval_loader(data: DataConfig, batch_size: int = 64, *, source: Source | None = None, rank: int = 0,
+                       world_size: int = 1) -> Loader:
+    """Batches (images [B, 3, S, S], labels [B]) of the held-out pictures: resize, centre crop, normalise, each picture once."""
+    pictures = Pictures(source or data.open(False), data.transform(False), batch_size, training=False, strict=not data.skip_corrupt,
+                        rank=rank, world_size=world_size)
+    return Loader(pictures, data.workers, 1.0)
 
 
-class _Pictures(ImageDataset):
-    """timm's stands in the next picture for one that it cannot read: an accuracy would count the wrong pictures."""
-
-    def __getitem__(self, index: int):
-        image, target = self.reader[index]
-        try:
-            with image:
-                picture = PIL.Image.open(image).convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:
-            name = self.reader.filename(index, absolute=True)
-            raise ValueError(f"evaluation: {name} must be a picture that can be read, "
-                             f"got {type(error).__name__}: {error}") from None
-        return self.transform(picture), target
+def count_classes(*sources: Source) -> int:
+    """Classes of the sources together: by their names where they are known, else the largest id + 1."""
+    named = [len(source.names) for source in sources if source.names is not None]
+    return max(named) if named else max(max(source.labels()) for source in sources) + 1
 
 
-def create_eval_loader(source: str | Path, batch_size: int = 64, *, class_map: dict[str, int] | None = None,
-                       image_size: int = 224, resize: int = 256, mean: tuple = (0.485, 0.456, 0.406),
-                       std: tuple = (0.229, 0.224, 0.225), workers: int = 2, device: torch.device | str = "cpu"):
-    """Evaluation batches (images [B, 3, S, S], labels [B]) of an image folder: resize, centre crop, normalise.
+def subset_ids(labels: Sequence[int], fraction: float, how: str = "first", seed: int = 0) -> list[int]:
+    """Ascending numbers of a part of the pictures: the "first", a "random" or a class-"balanced" fraction of them."""
+    count = len(labels)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"subset: fraction must be in (0, 1], got {fraction}")
+    generator = torch.Generator().manual_seed(seed)
+    if how == "first":
+        return list(range(int(count * fraction)))
+    if how == "random":
+        return torch.randperm(count, generator=generator)[:int(count * fraction)].sort().values.tolist()
+    if how != "balanced":
+        raise ValueError(f"subset: how must be first, random or balanced, got {how!r}")
+    known, chosen = torch.tensor(list(labels)), []
+    for label in known.unique().tolist():
+        members = (known == label).nonzero().flatten()
+        chosen += members[torch.randperm(len(members), generator=generator)][:max(1, round(len(members) * fraction))].tolist()
+    return sorted(chosen)
 
-    Args:
-        source: folder with one folder of pictures per class, named by WordNet id of ImageNet-1k.
-        class_map: class id by folder name, for folders with other names.
 
-    Raises:
-        ValueError: folder names without a known class (see `folder_classes`), or missing in `class_map`; while iterating,
-            a picture that cannot be read.
-    """
-    if class_map is None:
-        class_map = folder_classes(source)
-    else:
-        missing = sorted(path.name for path in Path(source).iterdir() if path.is_dir() and path.name not in class_map)
-        if missing:
-            raise ValueError(f"create_eval_loader: class_map must name every folder of {source}, lacks {missing[0]!r}")
-    reader = ReaderImageFolder(str(source), class_map=class_map)
-    device = torch.device(device)
-    return create_loader(_Pictures(str(source), reader=reader), (3, image_size, image_size), batch_size,
-                         crop_pct=image_size / resize, interpolation="bicubic", mean=mean, std=std,
-                         num_workers=workers, device=device, use_prefetcher=False, pin_memory=device.type == "cuda",
-                         persistent_workers=False)
+def write_subset(path: str | Path, ids: Sequence[int], count: int) -> None:
+    """Write the numbers of a subset and of how many pictures it is one."""
+    Path(path).write_text(json.dumps({"count": count, "ids": list(ids)}) + "\n")
+
+
+def read_subset(path: str | Path) -> list[int]:
+    """The numbers that `write_subset` wrote."""
+    return json.loads(Path(path).read_text())["ids"]

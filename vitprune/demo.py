@@ -14,10 +14,12 @@ from torch import nn
 
 from . import bench, doctor, report
 from .blocks import BlockPruning
-from .data import DIGITS_HELD_OUT, load_digits
+from .digits import DIGITS_HELD_OUT, load_digits
+from .evaluate import evaluate
 from .measure import count
+from .progress import Progress
 from .tokens import TokenPruning
-from .train import Progress, TrainConfig, evaluate, train
+from .train import TrainConfig, train
 from .vit import compact, prune
 
 DENSE, LEARNED, RANDOM = "dense", "low keep, learned", "low keep, random"

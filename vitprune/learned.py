@@ -7,6 +7,7 @@ in blocks: Lagunas et al., 2021), for closed gates too, so that a dead block can
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,30 @@ if TYPE_CHECKING:
     from .vit import PrunedViT
 
 GATES = ("attn.head_gate", "attn.dim_gate", "mlp.hidden_gate")
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """When learned blocks leave (nn_pruning's schedule): nothing in the first `initial` of the training, everything asked
+    for in the last `final` of it, and in between 1 - (1 - x)^3 of it, x going from 0 to 1.
+
+    Raises ValueError for fractions that leave nothing in between.
+    """
+    initial: float = 0.1
+    final: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.initial and 0 <= self.final and self.initial + self.final < 1):
+            raise ValueError(f"Cubic: initial and final must be >= 0 and together < 1, got {self.initial} and {self.final}")
+
+    def fraction(self, progress: float) -> float:
+        """How much of the pruning has happened at `progress` of the training, both in [0, 1]."""
+        x = (progress - self.initial) / (1 - self.initial - self.final)
+        return 1 - (1 - min(1.0, max(0.0, x))) ** 3
+
+    def density(self, progress: float, target: float) -> float:
+        """What is kept at `progress` where `target` is kept in the end."""
+        return 1 + (target - 1) * self.fraction(progress)
 
 
 class Gate(nn.Module):

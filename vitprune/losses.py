@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -39,7 +40,16 @@ def token_loss(student: Tensor, teacher: Tensor, keep: Tensor | None) -> Tensor:
         keep = keep.gather(1, ids)
     kept = keep > 0.5
     squared = (student - teacher).square().mean(dim=-1)  # [B, N] or [B, K]
-    return torch.where(kept, squared, 0.0).sum() / kept.sum().clamp(min=1)
+    return torch.where(kept, squared, 0.0).sum() / mean_over_processes(kept.sum()).clamp(min=1)
+
+
+def mean_over_processes(count: Tensor) -> Tensor:
+    """A count, averaged over the processes of a distributed run, so that the mean of their losses is that of one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return count
+    count = count.float()
+    dist.all_reduce(count)
+    return count / dist.get_world_size()
 
 
 class DynamicViTLoss(nn.Module):

@@ -16,7 +16,7 @@ from torch import nn
 from .bench import check_removed, interleave, machine, prepare
 from .convert import load_dynamicvit, load_weights
 from .measure import count, image_size
-from .train import Progress
+from .progress import Progress
 
 NOTES = {
     "a": "\"FLOPs\" of ViT, DeiT and DynamicViT are multiply-accumulates (MACs), here as there: 1 MAC = 2 FLOPs.",
@@ -145,7 +145,7 @@ def _accuracy(row: Row, path: Path, data: str, device: str) -> dict:
     import timm
 
     from .checkpoint import load
-    from .cli import top1
+    from .evaluate import evaluate_source
 
     options = dict(row.options)
     if path.is_dir():
@@ -157,7 +157,7 @@ def _accuracy(row: Row, path: Path, data: str, device: str) -> dict:
     else:
         model = timm.create_model(row.model)
         load_weights(model, path)
-    return top1(model.to(device).eval(), data, device)
+    return evaluate_source(model.eval(), data, device)
 
 
 def show(result: dict) -> None:

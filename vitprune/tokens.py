@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
@@ -139,8 +140,11 @@ class TokenPredictor(nn.Module):
 
 
 def gumbel_noise(like: Tensor) -> Tensor:
-    """Standard Gumbel noise in the shape of `like`."""
-    return -torch.empty_like(like, memory_format=torch.contiguous_format).exponential_().log()
+    """Standard Gumbel noise in the shape of `like` [B, ...]; in a distributed run that of this process's part of the batch,
+    so that a picture's noise does not depend on the number of processes that share a seed."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    noise = like.new_empty(size * like.shape[0], *like.shape[1:]).exponential_()
+    return -noise[rank * like.shape[0]:(rank + 1) * like.shape[0]].log()
 
 
 def sample_policy(logp: Tensor, previous: Tensor | None) -> Tensor:

@@ -1,11 +1,10 @@
-"""The digits' split, order and augmentation; labels of image folders."""
+"""The digits' split, order and augmentation."""
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
-from vitprune.data import augment, create_eval_loader, load_digits
+from vitprune.digits import augment, load_digits
 
 
 def rows(images):
@@ -66,43 +65,3 @@ def test_augment_without_any_change_is_the_identity_and_moves_by_at_most_the_shi
 def test_batch_size_out_of_range(size):
     with pytest.raises(ValueError, match=rf"batch_size must be in 1..1197, got {size}"):
         load_digits(size)
-
-
-def folder(root, names):
-    for value, name in enumerate(names):
-        (root / name).mkdir()
-        Image.new("RGB", (300, 280), (40 * value, 0, 0)).save(root / name / "picture.png")
-    return root
-
-
-def test_labels_are_wordnet_ids_not_positions(tmp_path):
-    folder(tmp_path, ["n01443537", "n02129165"])  # goldfish 1, lion 291
-    (images, labels), = create_eval_loader(tmp_path, workers=0)
-    assert labels.tolist() == [1, 291] and images.shape == (2, 3, 224, 224)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    torch.testing.assert_close(images[1, :, 0, 0], (torch.tensor([40 / 255, 0, 0]) - mean) / std)
-
-
-def test_integer_folders_need_a_class_map(tmp_path):
-    folder(tmp_path, ["0", "1", "10", "2"])
-    with pytest.raises(ValueError, match="integer folder names do not say which class they mean; got '0'"):
-        create_eval_loader(tmp_path)
-    (_, labels), = create_eval_loader(tmp_path, class_map={str(i): i for i in range(11)}, workers=0)
-    assert sorted(labels.tolist()) == [0, 1, 2, 10]
-
-
-def test_unknown_folders_are_refused(tmp_path):
-    folder(tmp_path, ["cat"])
-    with pytest.raises(ValueError, match="WordNet ids of ImageNet-1k.*got 'cat'"):
-        create_eval_loader(tmp_path)
-    with pytest.raises(ValueError, match="class_map must name every folder .* lacks 'cat'"):
-        create_eval_loader(tmp_path, class_map={"dog": 0})
-    with pytest.raises(ValueError, match="source must be a folder"):
-        create_eval_loader(tmp_path / "none")
-
-
-def test_evaluation_refuses_a_picture_it_cannot_read(tmp_path):
-    folder(tmp_path, ["n01443537", "n02129165"])
-    (tmp_path / "n02129165" / "broken.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"broken.png must be a picture that can be read"):
-        list(create_eval_loader(tmp_path, image_size=32, resize=36, workers=0))

@@ -1,0 +1,74 @@
+"""Several processes are one: the same losses at the same global batch, and every held-out picture counted once."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from timm.models.vision_transformer import VisionTransformer
+
+from vitprune import BlockPruning, TokenPruning, prune
+from vitprune.digits import TensorLoader
+from vitprune.evaluate import evaluate
+from vitprune.resume import Checkpoints
+from vitprune.train import TrainConfig, train
+
+CONFIG = TrainConfig(epochs=10, batch_size=12, lr=3e-3, warmup_epochs=1, backbone_lr_scale=1.0, backbone_frozen_epochs=0,
+                     train_embeddings=True, ramp_tokens=True, eval_every=5)
+
+
+def vit():
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=3, embed_dim=16, depth=3, num_heads=2)
+
+
+def loaders(rank, size, count=61):
+    """60 of 61 pictures make 5 training batches; 61 held-out pictures are no multiple of anything."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 3
+    images = 0.2 * labels[:, None, None, None] + torch.rand(count, 1, 8, 8, generator=random)
+    training = TensorLoader(images, labels, 12, mean=0.3, std=0.4, training=True, rank=rank, world_size=size)
+    return training, replace(training, training=False)
+
+
+def work(rank, size, folder):
+    """Train tokens and blocks in tandem with a teacher; write the losses of this process and its records."""
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
+    torch.manual_seed(1)
+    model = prune(vit(), TokenPruning(0.6, at=(1, 2)), BlockPruning(heads=0.5, hidden=0.5, method="movement", granularity=16))
+    losses, data = [], loaders(rank, size)
+    history = train(model, data, CONFIG, vit(), checkpoints=Checkpoints(f"{folder}/checkpoints-{size}"),
+                    on_step=lambda done, loss: losses.append(loss.item()))
+    seen = [row for images, _ in data[1] for row in images.flatten(1).sum(1).tolist()]
+    with open(f"{folder}/{size}-{rank}.json", "w") as file:
+        json.dump({"losses": losses, "history": history, "seen": seen, "accuracy": evaluate(model, data[1])}, file)
+    if size > 1:
+        dist.destroy_process_group()
+
+
+def run(size, folder):
+    if size == 1:
+        work(0, 1, str(folder))
+    else:
+        mp.spawn(work, (size, str(folder)), nprocs=size)
+    return [json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_equal_one(tmp_path, size):
+    one, several = run(1, tmp_path)[0], run(size, tmp_path)
+    means = torch.tensor([process["losses"] for process in several]).mean(0)
+    assert len(means) == 50
+    torch.testing.assert_close(means, torch.tensor(one["losses"]), atol=1e-5, rtol=0)
+    assert (torch.tensor([p["losses"] for p in several]).std(0) > 1e-3).all()  # the processes really had different pictures
+    for process in several:
+        assert process["accuracy"] == one["accuracy"] and process["accuracy"]["count"] == 61
+        for mine, theirs in zip(process["history"], one["history"]):
+            assert mine.keys() == theirs.keys() and mine == pytest.approx(theirs, abs=1e-5)
+    assert sorted(x for process in several for x in process["seen"]) == sorted(one["seen"]) and len(one["seen"]) == 61
+    names = [sorted(p.name for p in (tmp_path / f"checkpoints-{n}").iterdir()) for n in (1, size)]
+    assert names[0] == names[1]
+    assert Checkpoints(tmp_path / f"checkpoints-{size}").found()[0].name == "step-00000050"

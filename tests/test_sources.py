@@ -1,0 +1,212 @@
+"""Every source gives the same pictures, labels and batches; what is damaged is counted, or refused by name."""
+import io
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from vitprune.data import DataConfig, Loader, Pictures, create_eval_loader, create_loaders, read_subset, subset_ids, write_subset
+from vitprune.evaluate import evaluate_source
+from vitprune.sources import class_ids, decode, open_source
+
+SMALL = dict(image_size=16, resize=20, workers=0)
+
+
+def picture(seed, size=(24, 30), mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def folder(root, classes, each=3):
+    """A picture tree; its pictures in the order in which it is read."""
+    rows = []
+    for c, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for k in range(each):
+            data = encoded(picture(100 * c + k))
+            (root / name / f"{k}.png").write_bytes(data)
+            rows.append((data, name))
+    return rows
+
+
+@pytest.fixture
+def forms(tmp_path):
+    """The same 36 pictures of 12 classes as a folder, as parquet, and as a stream of that."""
+    datasets = pytest.importorskip("datasets")
+    names = [str(i) for i in range(12)]
+    rows = folder(tmp_path / "tree" / "train", names)
+    folder(tmp_path / "tree" / "val", names)
+    for split in ("train", "val"):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        table = datasets.Dataset.from_dict({"image": [{"bytes": d, "path": None} for d, _ in rows], "label": [n for _, n in rows]},
+                                           features=features)
+        table.to_parquet(tmp_path / f"{split}-0.parquet")
+    return [str(tmp_path / "tree"), f"parquet:{tmp_path}", f"stream:parquet:{tmp_path}"]
+
+
+def collect(loader):
+    return [(images.clone(), labels.tolist()) for images, labels in loader]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(torch.equal(x, y) and i == j for (x, i), (y, j) in zip(a, b))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_source_gives_the_same_batches(forms, workers):
+    results = []
+    for source in forms:
+        training, held_out, classes = create_loaders(DataConfig(source, **{**SMALL, "workers": workers}, window=10), 8, seed=3)
+        assert classes == 12 and len(training) == 4
+        results.append([collect(training.at_epoch(e)) for e in (0, 1)] + [collect(held_out)])
+    for other in results[1:]:
+        assert all(same(a, b) for a, b in zip(results[0], other))
+    epochs = results[0]
+    assert not same(epochs[0], epochs[1])
+    assert sum(len(labels) for _, labels in epochs[2]) == 36 and sorted(sum((b for _, b in epochs[2]), [])) == sorted([*range(12)] * 3)
+
+
+@pytest.mark.parametrize("form", [0, 2])
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_share_every_batch_without_repeats_or_gaps(forms, form, size):
+    data = DataConfig(forms[form], **SMALL, window=10)
+    whole = create_loaders(data, 6)
+    parts = [create_loaders(data, 6, rank=r, world_size=size) for r in range(size)]
+    for k in (0, 1):
+        pieces = [collect(p[k]) for p in parts]
+        for n, (images, labels) in enumerate(collect(whole[k])):
+            assert torch.equal(torch.cat([p[n][0] for p in pieces]), images) and sum((p[n][1] for p in pieces), []) == labels
+
+
+@pytest.mark.parametrize("form", [0, 1, 2])
+def test_an_epoch_continues_in_its_middle(forms, form):
+    training, _, _ = create_loaders(DataConfig(forms[form], **SMALL), 8)
+    assert same(collect(training.at_epoch(1))[2:], collect(training.at_epoch(1, 2)))
+
+
+def test_numbered_folders_evaluate_like_wordnet_ids(tmp_path):
+    wordnet = {"n01443537": 1, "n02129165": 291, "n02099601": 207, "n01440764": 0}
+    folder(tmp_path / "a", list(wordnet))
+    folder(tmp_path / "b", [str(i) for i in wordnet.values()])
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, pretrained_cfg_overlay={"input_size": (3, 32, 32)}).eval()
+    labels = [torch.cat([y for _, y in create_eval_loader(DataConfig(str(tmp_path / d), **SMALL))]).tolist() for d in "ab"]
+    assert labels[0] == labels[1] == sorted([*wordnet.values()] * 3)
+    one, other = (evaluate_source(model, str(tmp_path / d), workers=0) for d in "ab")
+    assert one == other and one["count"] == 12
+
+
+def test_classes_by_name():
+    assert class_ids(["10", "2", "0"], None, "x") == ({"10": 10, "2": 2, "0": 0}, None)
+    assert class_ids(["dog", "cat"], None, "x") == ({"cat": 0, "dog": 1}, ["cat", "dog"])
+    ids, names = class_ids(["n02129165"], None, "x")
+    assert ids == {"n02129165": 291} and len(names) == 1000
+    for bad, message in ((["n02129165", "cat"], "all WordNet ids"), (["1", "cat"], "all numbers"), (["1", "01"], "differ as numbers")):
+        with pytest.raises(ValueError, match=message):
+            class_ids(bad, None, "x")
+    with pytest.raises(ValueError, match="lacks 'cat'"):
+        class_ids(["cat"], {"dog": 0}, "x")
+
+
+def test_classes_that_are_not_the_models_are_refused(tmp_path):
+    folder(tmp_path / "a", ["cat", "dog"])
+    folder(tmp_path / "b", ["7", "1000"])
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, pretrained_cfg_overlay={"input_size": (3, 32, 32)}).eval()
+    with pytest.raises(ValueError, match="must be the model's 1000, got 2"):
+        evaluate_source(model, str(tmp_path / "a"))
+    with pytest.raises(ValueError, match="labels must be in 0..999, the model's classes, got 1000"):
+        evaluate_source(model, str(tmp_path / "b"), workers=0)
+    (tmp_path / "map.json").write_text(json.dumps({"cat": 281, "dog": 207}))
+    assert evaluate_source(model, str(tmp_path / "a"), workers=0, class_map=str(tmp_path / "map.json"))["count"] == 6
+
+
+def test_every_kind_of_picture_becomes_upright_rgb():
+    grey16 = Image.fromarray((np.arange(16, dtype=np.uint16) * 4369).reshape(4, 4))
+    assert np.asarray(decode(encoded(grey16)))[..., 0].flatten().tolist() == [17 * i for i in range(16)]
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    assert decode(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    assert decode(encoded(red.convert("P"))).getpixel((3, 3)) == (255, 0, 0)
+    r, g, b = decode(encoded(red.convert("CMYK"), "JPEG")).getpixel((3, 3))
+    assert r > 240 and g < 15 and b < 15
+    tall, exif = picture(0, (30, 20)), Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    turned = decode(encoded(tall, "PNG", exif=exif))
+    assert turned.size == (30, 20) and np.array_equal(np.asarray(turned), np.rot90(np.asarray(tall), -1))
+    assert decode(encoded(picture(0).convert("L"))).mode == "RGB"
+
+
+def damaged():
+    good, png = encoded(picture(1, (64, 64)), "JPEG", quality=95), encoded(picture(1, (64, 64)))
+    return {"empty": b"", "text": b"<html>not found</html>", "head of a JPEG": good[:20], "truncated JPEG": good[:len(good) // 2],
+            "truncated PNG": png[:len(png) // 2], "PNG with a wrong byte": png[:60] + bytes([png[60] ^ 255]) + png[61:],
+            "noise": np.random.default_rng(0).bytes(500), "head of a GIF": b"GIF89a" + b"\0" * 7}
+
+
+@pytest.mark.parametrize("kind", list(damaged()))
+def test_damaged_pictures(tmp_path, kind):
+    folder(tmp_path, ["0", "1"], each=8)
+    (tmp_path / "1" / "5.png").write_bytes(damaged()[kind])
+    data = DataConfig(str(tmp_path), **SMALL, max_corrupt=0.1)
+    training, held_out, _ = create_loaders(data, 4)
+    with pytest.warns(UserWarning, match="1 unreadable pictures so far, 1/5.png"):
+        batches = collect(training)
+    assert len(batches) == 4 and all(len(labels) == 4 for _, labels in batches) and training.corrupt == {"1/5.png"}
+    with pytest.raises(ValueError, match="1/5.png must be a picture that can be read"):
+        list(held_out)
+    with pytest.warns(UserWarning, match="unreadable"):
+        left = collect(create_eval_loader(DataConfig(str(tmp_path), **SMALL, skip_corrupt=True), 4))
+    assert sum(len(labels) for _, labels in left) == 15
+
+
+def test_one_percent_of_eight_kinds_is_counted_and_more_is_refused(tmp_path):
+    folder(tmp_path, ["0", "1"], each=400)
+    for i, data in enumerate(damaged().values()):
+        (tmp_path / str(i % 2) / f"{37 * i}.png").write_bytes(data)
+    pictures = Pictures(open_source(str(tmp_path), "train"), DataConfig(**SMALL).transform(True), 100, training=True)
+    loader = Loader(pictures, 0, 0.01)
+    with pytest.warns(UserWarning, match="unreadable"):
+        assert sum(len(labels) for _, labels in loader) == 800
+    assert len(loader.corrupt) == 8
+    message = r"share of 0.005 \(max_corrupt\) of the 800 pictures may be unreadable, got"
+    with pytest.warns(UserWarning, match="unreadable"), pytest.raises(ValueError, match=message):
+        list(Loader(pictures, 0, 0.005))
+
+
+def test_subsets(tmp_path):
+    labels = [i % 10 if i < 900 else 0 for i in range(1000)]
+    assert subset_ids(labels, 0.1) == list(range(100))
+    random = subset_ids(labels, 0.1, "random", seed=1)
+    assert len(set(random)) == 100 and random == sorted(random) != subset_ids(labels, 0.1, "random", seed=2)
+    counts = np.bincount([labels[i] for i in subset_ids(labels, 0.1, "balanced")])
+    assert counts.tolist() == [19] + [9] * 9
+    write_subset(tmp_path / "s.json", random, 1000)
+    assert read_subset(tmp_path / "s.json") == random
+    folder(tmp_path / "tree", ["0", "1"])
+    write_subset(tmp_path / "s.json", [0, 4], 6)
+    training, _, _ = create_loaders(DataConfig(str(tmp_path / "tree"), **SMALL, subset=str(tmp_path / "s.json")), 2)
+    assert sorted(sum((y for _, y in collect(training)), [])) == [0, 1]
+    with pytest.raises(ValueError, match="how must be first, random or balanced"):
+        subset_ids(labels, 0.1, "last")
+
+
+@pytest.mark.parametrize("source, message", [
+    ("/nowhere", "must be a folder with one folder of pictures a class"),
+    ("parquet:/nowhere", r"must be a parquet file or a folder with files train\*")])
+def test_missing_sources(source, message):
+    with pytest.raises(FileNotFoundError, match=message):
+        create_loaders(DataConfig(source), 2)
+
+
+def test_a_stream_that_is_shorter_than_it_says(forms):
+    training, _, _ = create_loaders(DataConfig(forms[2], **SMALL, length=40), 8)
+    with pytest.raises(ValueError, match="must hold 40 pictures, it ended before number 36"):
+        list(training)

@@ -1,0 +1,119 @@
+"""One forward pass of any model, for the losses and for its accuracy."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .vit import PrunedDistilledViT, PrunedOutput, PrunedViT
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes) of the run."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def forward(model: nn.Module, images: Tensor) -> PrunedOutput:
+    """Images [B, C, H, W] -> PrunedOutput of a pruned or a dense model."""
+    if isinstance(model, (PrunedViT, PrunedDistilledViT)):
+        return model(images, details=True)
+    return PrunedOutput(*_dense(model, images), None, ())
+
+
+def _dense(model: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    tokens = model.forward_features(images)  # [B, P+N, C]
+    return model.forward_head(tokens), tokens[:, model.num_prefix_tokens:]
+
+
+def teach(teacher: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [B, classes] and features [B, N, C] of the dense teacher, as constants."""
+    with torch.inference_mode():
+        logits, features = _dense(teacher, images)
+    return logits.clone(), features.clone()  # out of inference mode: only ordinary tensors can be saved for backward
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, images: Tensor, parts: dict[str, Tensor], seed: int) -> str:
+    """Name of the first tensor that is not finite: images, a parameter, a module's output in a replayed forward pass
+    with the same `seed`, or a part of the loss."""
+    def bad(value) -> bool:
+        return isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
+
+    if bad(images):
+        rows = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        return f"images (rows {rows[:5]} of the batch)"
+    for name, parameter in model.named_parameters():
+        if bad(parameter):
+            return f"parameter {name}"
+    found: list[str] = []
+
+    def watch(name: str):
+        def hook(_module, _inputs, output):
+            if not found and any(map(bad, output if isinstance(output, tuple) else [output])):
+                found.append(f"output of module {name or 'model'}")
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    try:
+        torch.manual_seed(seed)
+        forward(model, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return next(iter(found + [f"loss part {name}" for name, value in parts.items() if bad(value)]), "the weighted total")
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, loader: Iterable, seed: int = 0) -> dict:
+    """{"top1": percent, "top5": percent, "count": pictures} in evaluation mode; the model's mode is restored.
+
+    In a distributed run every process evaluates its own part and all get the counts of the whole.
+    `seed` fixes what is random in evaluation: the choice of a model with `score="random"`.
+    """
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # right, right among five, pictures
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for images, labels in loader:
+                labels = labels.to(device)
+                logits = model(images.to(device))
+                if labels.numel() and int(labels.max()) >= logits.shape[-1]:
+                    raise ValueError(f"evaluate: labels must be in 0..{logits.shape[-1] - 1}, the model's classes, got {int(labels.max())}")
+                best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]  # [B, 5]
+                counts += torch.stack([best[:, 0].sum(), best.sum(), torch.tensor(len(labels), device=device)])
+    finally:
+        model.train(was_training)
+    if world()[1] > 1:
+        dist.all_reduce(counts)
+    top1, top5, count = counts.tolist()
+    if count == 0:
+        raise ValueError("evaluate: loader must yield at least one picture, got none")
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": count}
+
+
+def evaluate_source(model: nn.Module, source: str, device: torch.device | str = "cpu", batch_size: int = 64, **options) -> dict:
+    """`evaluate` on the held-out pictures of a `DataConfig` source, with the preprocessing that the model was made for.
+
+    options: other fields of DataConfig (eval_split, workers, class_map, skip_corrupt, ...). Raises ValueError where the
+    source's classes are not the model's.
+    """
+    from timm.data import resolve_data_config
+
+    from .data import DataConfig, create_eval_loader
+    from .digits import load_digits
+
+    if source == "digits":
+        return evaluate(model, load_digits()[1])
+    c = resolve_data_config(model=model)
+    size = c["input_size"][-1]
+    data = DataConfig(source=source, image_size=size, resize=round(size / c["crop_pct"]), interpolation=c["interpolation"],
+                      mean=tuple(c["mean"]), std=tuple(c["std"]), **options)
+    pictures = data.open(False)
+    if pictures.names is not None and len(pictures.names) != model.num_classes:
+        raise ValueError(f"evaluate: the classes of {source} must be the model's {model.num_classes}, got {len(pictures.names)} "
+                         "(class_map tells their ids)")
+    return evaluate(model.to(device), create_eval_loader(data, batch_size, source=pictures))

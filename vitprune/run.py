@@ -1,0 +1,296 @@
+"""A training run: one configuration, from YAML and the command line, and all that it names."""
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import timm
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+
+from . import checkpoint as folders
+from .blocks import BlockPruning
+from .convert import load_weights, read_checkpoint
+from .data import DataConfig, create_loaders, subset_ids, write_subset
+from .doctor import default_device
+from .evaluate import world
+from .progress import Progress
+from .resume import Checkpoints, write_metrics
+from .tokens import TokenPruning
+from .train import NonFiniteLoss, Stopped, TrainConfig, train
+from .vit import PrunedViT, compact, prune
+
+RECIPES = Path(__file__).parent / "recipes"
+_FREE = ("output", "resume", "keep_last", "save_every", "device", "data.workers")  # may differ where a run goes on
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What is trained, from what, on what, and where the results go.
+
+    model: timm's name, or a folder written by vitprune.save. model_args: arguments of timm.create_model.
+    output: folder for config.yaml, metrics.jsonl, checkpoints/, tensorboard/ and the final model/.
+    pretrained: start from timm's weights. checkpoint: start from this file, an official DynamicViT one among others.
+    teacher: "start" (the model before it is pruned), a timm name or a folder; none: no distillation.
+    teacher_checkpoint: weights of a teacher given by name; without, timm's pretrained ones.
+    tokens, blocks: what is pruned; both: in tandem; none: the model is trained as it is.
+    fraction, take: train on a part of the pictures: "first", "random" or class-"balanced"; its numbers go to subset.json.
+    resume: "auto" continues where output holds checkpoints, "never" refuses to.
+    keep_last: checkpoints kept beside the best. save_every: steps between them, besides the ends of epochs.
+    device: cpu or cuda; by default the GPU where there is one.
+    """
+    model: str
+    output: str
+    model_args: dict[str, int | float | bool | str] = field(default_factory=dict)
+    pretrained: bool = False
+    checkpoint: str | None = None
+    teacher: str | None = None
+    teacher_checkpoint: str | None = None
+    tokens: TokenPruning | None = None
+    blocks: BlockPruning | None = None
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    fraction: float | None = None
+    take: str = "first"
+    resume: str = "auto"
+    keep_last: int = 2
+    save_every: int | None = None
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        started = self.pretrained or self.checkpoint is not None or Path(self.model).is_dir()
+        for name, ok, expected in (
+                ("pretrained", not (self.pretrained and self.checkpoint), "off where checkpoint is given"),
+                ("checkpoint", self.checkpoint is None or not Path(self.model).is_dir(), "None where model is a folder"),
+                ("teacher", self.teacher != "start" or started, "None or another model where the start has random weights"),
+                ("teacher_checkpoint", self.teacher_checkpoint is None or self.teacher not in (None, "start"),
+                 "None without a teacher's name"),
+                ("data.subset", self.data.subset is None or self.fraction is None, "None where fraction is given"),
+                ("train.ramp_tokens", not self.train.ramp_tokens or self.tokens is not None, "off where no tokens are pruned"),
+                ("save_every", self.save_every is None or self.save_every >= 1, "None or >= 1")):
+            if not ok:
+                value = self.data.subset if name == "data.subset" else True if name == "train.ramp_tokens" else getattr(self, name)
+                raise ValueError(f"RunConfig: {name} must be {expected}, got {value!r}")
+
+
+def recipe(name: str) -> str:
+    """The path of a configuration: a file, or the name of a recipe that comes with the package.
+
+    Raises FileNotFoundError listing the recipes.
+    """
+    shipped = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    if Path(name).is_file():
+        return name
+    if not shipped.is_file():
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise FileNotFoundError(f"train: config must be a YAML file or one of {known}, got {name!r}")
+    return str(shipped)
+
+
+def find_recipes(argv: Sequence[str]) -> list[str]:
+    """Command-line arguments with the paths of recipes in place of their names."""
+    out = list(argv)
+    for i, word in enumerate(out):
+        if word == "--config" and i + 1 < len(out):
+            out[i + 1] = recipe(out[i + 1])
+        elif word.startswith("--config="):
+            out[i] = "--config=" + recipe(word.removeprefix("--config="))
+    return out
+
+
+def build(config: RunConfig, classes: int) -> tuple[nn.Module, nn.Module | None]:
+    """(model, teacher or None) of a run on pictures of so many classes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.train.seed)
+        start, dense = _start(config, classes)
+        model = start
+        if config.tokens is not None and getattr(start, "tokens", None) != config.tokens:
+            model = prune(model, tokens=config.tokens)
+        if config.blocks is not None:
+            model = prune(model, blocks=config.blocks)
+        if not isinstance(model, PrunedViT) and not hasattr(model, "keep_counts"):
+            model = prune(model, blocks=BlockPruning(granularity=1))  # nothing leaves: the dense model, in a form that can be saved
+    if config.data.source != "digits":
+        data = config.data
+        model.pretrained_cfg = {"architecture": config.model, "input_size": (3, data.image_size, data.image_size), "mean": data.mean,
+                                "std": data.std, "interpolation": data.interpolation, "num_classes": classes,
+                                "crop_pct": data.image_size / (data.resize or round(data.image_size / 0.875))}
+        model.default_cfg = model.pretrained_cfg
+    return model, _teacher(config, classes, dense)
+
+
+def _start(config: RunConfig, classes: int) -> tuple[nn.Module, nn.Module | None]:
+    """(the model to start from, the same without pruned tokens where there is one)."""
+    if Path(config.model).is_dir():
+        model = folders.load(config.model)
+        _check_classes("model", config.model, model.num_classes, classes)
+        return model, None if model.tokens is not None else model
+    model = _create(config, config.model, classes, config.pretrained)
+    if config.checkpoint is None:
+        return model, model
+    state = read_checkpoint(config.checkpoint)
+    nested = next((state[k] for k in ("model", "state_dict", "module") if isinstance(state.get(k), dict)), state)
+    if not any("score_predictor." in name for name in nested):
+        load_weights(model, config.checkpoint)
+        return model, model
+    if config.tokens is None:
+        raise ValueError(f"train: tokens must be given: {config.checkpoint} has token predictors, but does not say how many patches stay")
+    load_weights(model, {k: v for k, v in nested.items() if "score_predictor." not in k})
+    pruned = prune(model, tokens=config.tokens)
+    load_weights(pruned, config.checkpoint)
+    return pruned, model
+
+
+def _create(config: RunConfig, name: str, classes: int, pretrained: bool) -> nn.Module:
+    if not timm.is_model(name):
+        raise ValueError(f"train: model must be the name of a timm model or a folder written by vitprune.save, got {name!r}")
+    arguments = {} if config.data.source == "digits" else {"img_size": config.data.image_size}
+    return timm.create_model(name, pretrained=pretrained, **{**arguments, "num_classes": classes, **config.model_args})
+
+
+def _teacher(config: RunConfig, classes: int, dense: nn.Module | None) -> nn.Module | None:
+    if config.teacher is None:
+        return None
+    if config.teacher == "start":
+        if dense is None:
+            raise ValueError(f"train: teacher must be a model that keeps its tokens, but {config.model} prunes them: name another")
+        return dense
+    if Path(config.teacher).is_dir():
+        teacher = folders.load(config.teacher)
+        if teacher.tokens is not None:
+            raise ValueError(f"train: teacher must be a model that keeps its tokens, but {config.teacher} prunes them")
+    else:
+        teacher = _create(config, config.teacher, classes, pretrained=config.teacher_checkpoint is None)
+        if config.teacher_checkpoint is not None:
+            load_weights(teacher, config.teacher_checkpoint)
+    _check_classes("teacher", config.teacher, teacher.num_classes, classes)
+    return teacher
+
+
+def _check_classes(what: str, name: str, got: int, classes: int) -> None:
+    if got != classes:
+        raise ValueError(f"train: {what} must have the data's {classes} classes, {name} has {got}")
+
+
+def main(config: RunConfig) -> int:
+    """Train, evaluate and save; returns 0, or 128 + the signal's number for a run that was stopped and saved."""
+    device = _join(config.device)
+    try:
+        return _run(config, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(device: str | None) -> torch.device:
+    """This process's device; under torchrun it joins the others."""
+    name = device or default_device()
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return torch.device(name)
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    return torch.device(name)
+
+
+def _run(config: RunConfig, device: torch.device) -> int:
+    output, (rank, size) = Path(config.output), world()
+    checkpoints = Checkpoints(output / "checkpoints", config.keep_last, config.resume, config.save_every)
+    if rank == 0:
+        _settle_config(config, output, continues=bool(checkpoints.found()))
+    if config.fraction is not None:
+        config = replace(config, data=replace(config.data, subset=_subset(config, output, rank)))
+    training, held_out, classes = create_loaders(config.data, config.train.batch_size, config.train.seed, rank=rank, world_size=size)
+    model, teacher = build(config, classes)
+    model, teacher = model.to(device), None if teacher is None else teacher.to(device)
+    log = Log(output) if rank == 0 else None
+    with Progress(config.train.epochs * len(training), quiet=rank > 0) as progress:
+        try:
+            history = train(model, (training, held_out), config.train, teacher, checkpoints=checkpoints, on_history=log,
+                            on_epoch=lambda record: progress.say(show(record, config.train.epochs)), on_step=progress.to)
+        except Stopped as stopped:
+            if rank == 0:
+                print(stopped, file=sys.stderr, flush=True)
+            return 128 + stopped.signal
+        except NonFiniteLoss as error:
+            raise RuntimeError(str(error)) from error  # one line for the user, as of any other error
+    if rank == 0:
+        folders.save(compact(model), output / "model")
+        print(f"{output / 'model'}: {show(history[-1], config.train.epochs)}")
+    return 0
+
+
+def _settle_config(config: RunConfig, output: Path, continues: bool) -> None:
+    """Write config.yaml; where a run goes on, refuse another configuration than the one it began with."""
+    output.mkdir(parents=True, exist_ok=True)
+    path, values = output / "config.yaml", json.loads(json.dumps(asdict(config)))
+    if continues and path.is_file() and config.resume == "auto":
+        before, now = _flat(yaml.safe_load(path.read_text())), _flat(values)
+        for name in sorted(before.keys() | now.keys()):
+            if name not in _FREE and before.get(name) != now.get(name):
+                raise ValueError(f"train: {name} must be {before.get(name)!r}, as when the run in {output} began, got {now.get(name)!r} "
+                                 "(another output begins a new run)")
+    new = output / ".config.yaml"
+    new.write_text(yaml.safe_dump(values, sort_keys=False))
+    os.replace(new, path)
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    out = {}
+    for name, value in values.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def _subset(config: RunConfig, output: Path, rank: int) -> str:
+    """The file with the numbers of the pictures to train on."""
+    path = output / "subset.json"
+    if config.data.source == "digits":
+        raise ValueError("train: fraction must be None for the digits, which are small as they are")
+    if rank == 0:
+        source = config.data.open(True)
+        labels = range(len(source)) if config.take == "first" else source.labels()
+        write_subset(path, subset_ids(labels, config.fraction, config.take, config.train.seed), len(source))
+    if world()[1] > 1:
+        dist.barrier()
+    return str(path)
+
+
+class Log:
+    """metrics.jsonl, and TensorBoard's event files where it is installed, from the records of a run."""
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.board, self.seen = output, None, 0
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.writer = SummaryWriter
+        except ImportError:
+            self.writer = None
+
+    def __call__(self, history: list[dict]) -> None:
+        """Bring the files up to these records, all of them since the beginning."""
+        write_metrics(self.output / "metrics.jsonl", history)
+        if self.writer is None:
+            return
+        if self.board is None:  # what a stopped run wrote after its last checkpoint is hidden
+            self.seen = len(history)
+            self.board = self.writer(str(self.output / "tensorboard"), purge_step=history[-1]["step"] + 1 if history else 0)
+        for record in history[self.seen:]:
+            for name, value in record.items():
+                if name not in ("epoch", "step"):
+                    self.board.add_scalar(name, value, record["step"])
+        self.seen = len(history)
+        self.board.flush()
+
+
+def show(record: dict, epochs: int) -> str:
+    """One line on an epoch."""
+    parts = [f"epoch {record['epoch'] + 1}/{epochs}", f"loss {record['loss']:.4f}"]
+    parts += [f"{name} {record[name]:.2f} %" for name in ("top1", "top5", "ema_top1") if name in record]
+    return ", ".join(parts)
