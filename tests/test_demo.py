@@ -12,7 +12,7 @@ import torch
 from vitprune import demo, report
 from vitprune.digits import load_digits
 
-NAMES = ["dense", "tokens", "random tokens", "blocks", "random blocks", "both", demo.LEARNED, demo.RANDOM]
+NAMES = ["dense", "tokens", "random tokens", "blocks", "random blocks", "both in tandem", demo.LEARNED, demo.RANDOM]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_every_model_is_trained_counted_and_evaluated(run):
     assert all(row["count"] >= 600 and 0 < row["top1"] <= row["top5"] <= 100 for row in rows)
     assert rows[0]["top1"] > 20  # chance is 10
     macs = {row["name"]: row["macs"] for row in rows}
-    assert macs["both"] < min(macs["tokens"], macs["blocks"]) <= max(macs["tokens"], macs["blocks"]) < macs["dense"]
+    assert macs["both in tandem"] < min(macs["tokens"], macs["blocks"]) <= max(macs["tokens"], macs["blocks"]) < macs["dense"]
     assert macs["blocks"] == macs["random blocks"]
     assert macs["random tokens"] < macs["tokens"] and macs[demo.RANDOM] < macs[demo.LEARNED]  # a control has no predictors
 
@@ -43,7 +43,7 @@ def test_parameters_are_those_of_the_closed_form(run):
     dense = depth * (attention + mlp + 4 * C) + (4 * C + C) + C + 17 * C + 2 * C + 10 * (C + 1)
     gone = depth * (2 * C * C + 3 * C // 2 + 4 * C * C + 2 * C)  # half of the heads and of the hidden units
     assert params["dense"] == dense and params["tokens"] == dense + 3 * predictor and params[demo.LEARNED] == dense + predictor
-    assert params["blocks"] == params["random blocks"] == dense - gone and params["both"] == dense - gone + 3 * predictor
+    assert params["blocks"] == params["random blocks"] == dense - gone and params["both in tandem"] == dense - gone + 3 * predictor
     assert params["random tokens"] == params[demo.RANDOM] == dense
 
 
@@ -115,7 +115,7 @@ def test_three_seeds_reach_their_targets():
     assert top1["dense"] >= 97
     assert top1["tokens"] >= top1["dense"] - 1
     assert top1["blocks"] >= top1["dense"] - 2
-    assert top1["both"] >= top1["dense"] - 3
+    assert top1["both in tandem"] >= top1["dense"] - 3
     for rows in runs:
         shown = demo.learning_shows(rows)
         assert shown["difference"] > 2 * shown["standard_error"], shown

@@ -252,6 +252,22 @@ def _eval(options: Namespace) -> None:
           else f"{options.model}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['count']} pictures")
 
 
+def _add_show(parser: ArgumentParser) -> None:
+    parser.add_argument("model", type=str, help="folder written by `vitprune prune` or `vitprune train`")
+    parser.add_argument("pictures", type=str, nargs="*", help="pictures whose kept patches are drawn")
+    parser.add_argument("--metrics", type=str, help="metrics.jsonl of a training run, for its curves")
+    parser.add_argument("--output", type=str, default="show.html")
+
+
+def _show(options: Namespace) -> None:
+    import vitprune
+
+    from .show import show
+
+    show(vitprune.load(options.model), options.pictures, options.output, options.metrics)
+    print(f"{options.output}: {len(options.pictures)} pictures")
+
+
 def _add_export(parser: ArgumentParser) -> None:
     _add_pruning(parser)
     _add_weights(parser)
@@ -322,6 +338,7 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "flops": ("parameters and multiply-accumulates", _add_flops, _flops),
     "bench": ("dense against pruned, interleaved, on this machine", _add_bench, _bench),
     "table1": ("the paper's Table 1: printed, true, measured here", _add_table1, _table1),
+    "show": ("pictures of what a pruned model keeps, and of how it was trained", _add_show, _show),
     "export": ("write an ONNX file and check it", _add_export, _export),
     "doctor": ("what can run on this machine, and why the rest cannot", _add_json, _doctor),
 }

@@ -3,7 +3,8 @@
 A head's gate multiplies its output before the projection, a hidden block's gate its units after GELU: a closed gate equals
 removing query, key, value and projection of a head together, or rows of fc1 with their bias and columns of fc2. The score's
 gradient is the gate's: sum of dL/dW * W over the output columns of the unit (movement pruning: Sanh et al., 2020, eq. 3;
-in blocks: Lagunas et al., 2021), for closed gates too, so that a dead block can come back while the schedule runs.
+in blocks: Lagunas et al., 2021), for closed gates too, so that a dead block can come back while the schedule runs. When it
+has ended, training leaves the scores alone: what was chosen is fine-tuned and no longer exchanged.
 """
 from __future__ import annotations
 

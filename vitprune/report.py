@@ -58,6 +58,25 @@ def scatter(points: Sequence[tuple[str, float, float]], xlabel: str, ylabel: str
     return _svg(figure)
 
 
+def curve(x: Sequence[float], y: Sequence[float], xlabel: str, ylabel: str) -> str:
+    """A line as inline SVG."""
+    figure, axes = pyplot().subplots(figsize=(7, 2.5))
+    axes.plot(x, y, marker=".")
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def units(live: Tensor, ylabel: str, xlabel: str) -> str:
+    """A map [rows, units] of what is live (1) and what is not (0), as inline SVG."""
+    figure, axes = pyplot().subplots(figsize=(7, 0.3 * len(live) + 1))
+    axes.imshow(live.numpy(), cmap="Blues", vmin=0, vmax=1.3, aspect="auto", interpolation="nearest")
+    axes.set_xlabel(f"{xlabel}: {int(live.sum())} live")
+    axes.set_ylabel(ylabel)
+    return _svg(figure)
+
+
 def dim_dropped(images: Tensor, kept: Tensor, patch: int) -> Tensor:
     """Images [B, C, H, W] in [0, 1] with the patches that `kept` [B, K] (-1: padding) does not name faded to near white."""
     batch, _, height, width = images.shape

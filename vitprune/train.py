@@ -144,8 +144,7 @@ class Run:
             self.student = nn.parallel.DistributedDataParallel(self.student)
         self.mixup = None
         if config.mixup or config.cutmix:
-            classes = forward(model.eval(), torch.zeros(1, *_input(model), device=self.device)).logits.shape[-1]
-            self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=classes)
+            self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.num_classes)
         self.totals: dict[str, Tensor] = {}   # sums over the steps of this epoch
         self.history: list[dict] = []         # a record an epoch
 
@@ -169,9 +168,12 @@ class Run:
         torch.manual_seed(seed)
         self.model.train()
         frozen = step // self.steps < config.backbone_frozen_epochs
+        chosen = self.model_learns and self.model.learning.schedule.fraction(progress) == 1  # what is left is fine-tuned in peace
         for group in self.optimizer.param_groups:  # a rate of 0, as in the official code: AdamW's moments still gather
             if group["name"] == "backbone":
                 group["lr_scale"] = 0.0 if frozen else config.backbone_lr_scale
+            elif group["name"] == "scores":
+                group["lr_scale"] = 0.0 if chosen else config.score_lr / config.lr
         self.scheduler.step_update(step)  # reads the scales
         learned.advance(self.model, progress)
         self.criterion.keep_ratios = _ratios(self.model, progress if config.ramp_tokens else 1.0)
@@ -195,7 +197,8 @@ class Run:
         self.scaler.scale(loss).backward()
         if config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            active = [p for group in self.optimizer.param_groups if group["lr_scale"] > 0 for p in group["params"]]
+            active = [p for group in self.optimizer.param_groups if group["lr_scale"] > 0 and group["name"] != "scores"
+                      for p in group["params"]]  # scores sum over whole blocks: their gradients would drown the weights'
             norm = nn.utils.clip_grad_norm_(active, config.clip_grad)
             if not self.scaler.is_enabled() and not torch.isfinite(norm):  # the same in every process; the scaler skips such a step
                 named = ((n, p) for n, p in self.model.named_parameters() if p.grad is not None and any(p is a for a in active))
@@ -335,11 +338,6 @@ def _amp(name: str, device: torch.device) -> torch.dtype | None:
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return None if name == "off" else getattr(torch, name)
-
-
-def _input(model: nn.Module) -> tuple[int, int, int]:
-    from .measure import image_size
-    return image_size(model)
 
 
 def _any(flag, device: torch.device) -> bool:
