@@ -14,7 +14,7 @@ from vitprune.evaluate import evaluate
 from vitprune.resume import Checkpoints
 from vitprune.train import TrainConfig, train
 
-CONFIG = TrainConfig(epochs=10, batch_size=12, lr=3e-3, warmup_epochs=1, backbone_lr_scale=1.0, backbone_frozen_epochs=0,
+CONFIG = TrainConfig(epochs=10, batch_size=12, lr=1e-3, warmup_epochs=1, backbone_lr_scale=1.0, backbone_frozen_epochs=0,
                      train_embeddings=True, ramp_tokens=True, eval_every=5)
 
 
@@ -63,7 +63,7 @@ def test_several_processes_equal_one(tmp_path, size):
     means = torch.tensor([process["losses"] for process in several]).mean(0)
     assert len(means) == 50
     torch.testing.assert_close(means, torch.tensor(one["losses"]), atol=1e-5, rtol=0)
-    assert (torch.tensor([p["losses"] for p in several]).std(0) > 1e-3).all()  # the processes really had different pictures
+    assert torch.tensor([p["losses"] for p in several]).std(0).mean() > 1e-2  # the processes really had different pictures
     for process in several:
         assert process["accuracy"] == one["accuracy"] and process["accuracy"]["count"] == 61
         for mine, theirs in zip(process["history"], one["history"]):

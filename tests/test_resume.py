@@ -42,6 +42,10 @@ def loaders(count=40):
     return training, replace(training, training=False)
 
 
+def done_by(folder):
+    return int(Checkpoints(folder).found()[0].name.removeprefix("step-"))
+
+
 def learn(folder, stops=(), **kwargs):
     """A run that asks itself to stop after those steps, each time begun anew from nothing but the folder."""
     stops = list(stops)
@@ -57,7 +61,8 @@ def learn(folder, stops=(), **kwargs):
             history = train(model, loaders(), CONFIG, vit(), checkpoints=Checkpoints(folder, **kwargs), on_step=on_step)
             return model, history
         except Stopped as stopped:
-            assert stopped.signal == signal.SIGTERM and "SIGTERM" in str(stopped)
+            if stopped.signal != signal.SIGTERM or f"SIGTERM after step {done_by(folder)} of 25" not in str(stopped):
+                raise
 
 
 def saved(folder, done=()):
@@ -219,7 +224,7 @@ def test_nothing_readable_is_one_clear_error(tmp_path):
     saved(tmp_path, done=(1, 2))
     for path in tmp_path.rglob("state.pt"):
         path.unlink()
-    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="none of the 2 checkpoints in .* can be read"):
+    with pytest.warns(UserWarning, match="cannot be read"), pytest.raises(RuntimeError, match="none of the 2 checkpoints"):
         read(tmp_path)
 
 

@@ -48,7 +48,7 @@ class Checkpoints:
                 weights, state = load_file(path / WEIGHTS), torch.load(path / STATE, map_location="cpu", weights_only=True)
                 ema = load_file(path / EMA) if run.ema is not None else None
             except Exception as error:  # truncated, damaged, foreign: what can be wrong with a file is open
-                warnings.warn(f"train: {path} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                warnings.warn(f"train: {path} cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); "
                               "the one before is tried", stacklevel=2)
                 continue
             run.model.load_state_dict(weights)
