@@ -204,9 +204,8 @@ def _run(config: RunConfig, device: torch.device) -> int:
     checkpoints = Checkpoints(output / "checkpoints", config.keep_last, config.resume, config.save_every)
     if rank == 0:
         _settle_config(config, output, continues=bool(checkpoints.found()))
-    if config.fraction is not None:
-        config = replace(config, data=replace(config.data, subset=_subset(config, output, rank)))
-    training, held_out, classes = create_loaders(config.data, config.train.batch_size, config.train.seed, rank=rank, world_size=size)
+    data = config.data if config.fraction is None else replace(config.data, subset=_subset(config, output, rank))
+    training, held_out, classes = create_loaders(data, config.train.batch_size, config.train.seed, rank=rank, world_size=size)
     model, teacher = build(config, classes)
     model, teacher = model.to(device), None if teacher is None else teacher.to(device)
     log = Log(output) if rank == 0 else None

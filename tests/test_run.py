@@ -1,0 +1,76 @@
+"""`vitprune train` from start to saved model: every order of tokens and blocks, from every kind of start."""
+import timm
+import torch
+from PIL import Image
+
+import vitprune
+from vitprune import BlockPruning, TokenPruning
+from vitprune.data import DataConfig
+from vitprune.measure import count
+from vitprune.run import RunConfig, build, main
+from vitprune.train import TrainConfig
+
+ARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 2}
+TOKENS = TokenPruning((8, 4), at=(1, 2))
+BLOCKS = BlockPruning(heads=0.5, hidden=0.5, method="movement", granularity=16)
+TRAIN = TrainConfig(epochs=1, batch_size=500, warmup_epochs=0, backbone_frozen_epochs=0, backbone_lr_scale=1.0)
+NAME = "vit_tiny_patch16_224"
+
+
+def config(output, **changes):
+    base = {"model": NAME, "model_args": ARGS, "train": TRAIN, "device": "cpu", "output": str(output)}
+    return RunConfig(**(base | changes))
+
+
+def promised():
+    """The MACs of a model that was pruned at once: what `vitprune flops` says."""
+    dense = timm.create_model(NAME, num_classes=10, **ARGS)
+    halves = BlockPruning(heads=0.5, hidden=0.5, granularity=16)
+    return count(vitprune.compact(vitprune.prune(dense, TOKENS, halves)).eval(), (1, 8, 8)).macs
+
+
+def macs(folder):
+    return count(vitprune.load(folder / "model"), (1, 8, 8)).macs
+
+
+def test_both_orders_and_tandem_from_every_start(tmp_path):
+    assert main(config(tmp_path / "dense")) == 0
+    dense = {"model": str(tmp_path / "dense" / "model"), "model_args": {}, "teacher": "start"}
+    assert main(config(tmp_path / "t", **dense, tokens=TOKENS)) == 0
+    assert main(config(tmp_path / "b", **dense, blocks=BLOCKS)) == 0
+    tokens, blocks = ({"model": str(tmp_path / one / "model"), "model_args": {}} for one in "tb")
+    assert main(config(tmp_path / "tb", **tokens, blocks=BLOCKS, teacher=dense["model"])) == 0
+    assert main(config(tmp_path / "bt", **blocks, tokens=TOKENS, teacher="start")) == 0
+    tandem = TrainConfig(epochs=1, batch_size=500, warmup_epochs=0, backbone_frozen_epochs=0, ramp_tokens=True)
+    assert main(config(tmp_path / "both", **dense, tokens=TOKENS, blocks=BLOCKS, train=tandem)) == 0
+    official = vitprune.prune(timm.create_model(NAME, num_classes=10, **ARGS), TOKENS)
+    torch.save({"model": official.state_dict()}, tmp_path / "dynamicvit.pth")
+    assert main(config(tmp_path / "d", checkpoint=str(tmp_path / "dynamicvit.pth"), tokens=TOKENS, blocks=BLOCKS, teacher="start")) == 0
+    assert {name: macs(tmp_path / name) for name in ("tb", "bt", "both", "d")} == dict.fromkeys(("tb", "bt", "both", "d"), promised())
+
+
+def test_a_dynamicvit_checkpoint_starts_the_run(tmp_path):
+    torch.manual_seed(3)
+    official = vitprune.prune(timm.create_model(NAME, num_classes=10, **ARGS), TOKENS)
+    torch.save({"model": official.state_dict()}, tmp_path / "dynamicvit.pth")
+    model, _ = build(config(tmp_path, checkpoint=str(tmp_path / "dynamicvit.pth"), tokens=TOKENS, blocks=BLOCKS), 10)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in official.state_dict().items()) and not model.is_untrained()
+
+
+def test_a_part_of_a_folder(tmp_path):
+    for split in ("train", "val"):
+        for label in range(3):
+            (tmp_path / split / f"c{label}").mkdir(parents=True)
+            for k in range(8):
+                Image.new("RGB", (20, 20), (80 * label, 20 * k, 0)).save(tmp_path / split / f"c{label}" / f"{k}.png")
+    data = DataConfig(str(tmp_path), image_size=16, workers=0)
+    args = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    train = TrainConfig(epochs=1, batch_size=4, warmup_epochs=0)
+    half = config(tmp_path / "out", model_args=args, data=data, train=train, fraction=0.5, take="balanced",
+                  tokens=TokenPruning(0.5, at=(1,)))
+    assert main(half) == 0
+    chosen = vitprune.data.read_subset(tmp_path / "out" / "subset.json")
+    assert len(chosen) == 12 and [sum(i // 8 == c for i in chosen) for c in range(3)] == [4, 4, 4]
+    saved = vitprune.load(tmp_path / "out" / "model")
+    assert saved.num_classes == 3 and saved.pretrained_cfg["input_size"] == (3, 16, 16)
