@@ -1,6 +1,8 @@
 """Every source gives the same pictures, labels and batches; what is damaged is counted, or refused by name."""
 import io
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,3 +212,159 @@ def test_a_stream_that_is_shorter_than_it_says(forms):
     training, _, _ = create_loaders(DataConfig(forms[2], **SMALL, length=40), 8)
     with pytest.raises(ValueError, match="must hold 40 pictures, it ended before number 36"):
         list(training)
+
+
+def table(path, cells, labels, label):
+    """A parquet file of pictures as they are, damaged or missing ones among them."""
+    datasets = pytest.importorskip("datasets")
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    schema = datasets.Features({"image": datasets.Image(), "label": label}).arrow_schema
+    parquet.write_table(arrow.table({"image": cells, "label": labels}, schema=schema), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream:parquet"])
+@pytest.mark.parametrize("names", [["0", "1", "10", "11", "2"], ["n02129165", "n01440764"], ["zebra", "ant"]])
+def test_declared_classes_mean_what_they_mean_in_a_folder(tmp_path, kind, names):
+    datasets = pytest.importorskip("datasets")  # its own folder reader declares integer names in lexical order
+    truth = {"n02129165": 291, "n01440764": 0, "zebra": 0, "ant": 1, **{str(i): i for i in range(12)}}
+    cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(len(names))]
+    path = table(tmp_path / "t.parquet", cells, list(range(len(names))), datasets.ClassLabel(names=names))
+    source = open_source(f"{kind}:{path}", "train")
+    assert source.labels() == [label for _, label, _ in source.records(range(len(names)))] == [truth[n] for n in names]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream:parquet"])
+def test_missing_cells_and_files_are_unreadable_pictures(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(5)]
+    cells += [None, {"bytes": None, "path": "/nowhere/x.png"}, {"bytes": None, "path": None}]
+    path = table(tmp_path / "t.parquet", cells, [0, 1] * 4, datasets.ClassLabel(names=["a", "b"]))
+    training, _, _ = create_loaders(DataConfig(f"{kind}:{path}", **SMALL, max_corrupt=0.5), 8)
+    with pytest.warns(UserWarning, match="3 unreadable"):
+        assert [len(labels) for _, labels in training] == [8]
+    assert {name[-3:] for name in training.corrupt} == {"[5]", "[6]", "[7]"}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream:parquet"])
+def test_a_hidden_label_is_refused(tmp_path, kind):
+    datasets = pytest.importorskip("datasets")
+    cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(2)]
+    path = table(tmp_path / "t.parquet", cells, [0, -1], datasets.ClassLabel(names=["a", "b"]))
+    with pytest.raises(ValueError, match="column label of .* must hold class ids >= 0 or names of classes, got -1"):
+        list(create_eval_loader(DataConfig(f"{kind}:{path}", **SMALL), 2))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_damaged_pictures_leave_the_batch_the_same_at_any_number_of_processes(tmp_path, size):
+    folder(tmp_path, ["0", "1"], each=8)
+    for name in ("0/2.png", "1/5.png"):
+        (tmp_path / name).write_bytes(b"")
+    data = DataConfig(str(tmp_path), **SMALL, max_corrupt=0.5)
+    with pytest.warns(UserWarning, match="unreadable"):
+        whole, *parts = [collect(create_loaders(data, 4, rank=r, world_size=w)[0]) for w in (1, size) for r in range(w)]
+    for n, (images, labels) in enumerate(whole):
+        assert torch.equal(torch.cat([p[n][0] for p in parts]), images) and sum((p[n][1] for p in parts), []) == labels
+
+
+def test_the_next_readable_picture_of_the_batch_stands_in(tmp_path):
+    folder(tmp_path, ["0", "1"], each=4)
+    data = DataConfig(str(tmp_path), **SMALL, max_corrupt=0.5)
+    before = create_loaders(data, 8)[0]
+    order, ((images, _),) = before.pictures.order().tolist(), collect(before)
+    name = before.pictures.source.files[order[3]][0]
+    (tmp_path / name).write_bytes(b"")
+    with pytest.warns(UserWarning, match=name):
+        ((other, _),) = collect(create_loaders(data, 8)[0])
+    assert torch.equal(other, images[[0, 1, 2, 4, 4, 5, 6, 7]])
+
+
+@pytest.mark.parametrize("form", [0, 1, 2])
+def test_batches_that_are_skipped_are_not_decoded(forms, form, monkeypatch):
+    count = []
+    monkeypatch.setattr("vitprune.data.decode", lambda data: count.append(1) or decode(data))
+    training, _, _ = create_loaders(DataConfig(forms[form], **SMALL), 8)
+    assert len(collect(training.at_epoch(0, 3))) == 1 and len(count) == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_of_the_data_is_one_message(tmp_path, workers):
+    folder(tmp_path, ["0", "1"])
+    (tmp_path / "1" / "2.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="^evaluation: 1/2.png must be a picture") as error:
+        list(create_eval_loader(DataConfig(str(tmp_path), **{**SMALL, "workers": workers}), 2))
+    assert "Traceback" not in str(error.value)
+
+
+def test_splits_are_never_taken_for_classes(tmp_path):
+    for split in ("train", "test"):
+        folder(tmp_path / split, ["cat", "dog"])
+    with pytest.raises(FileNotFoundError, match="must hold the split 'val', got .* with train, test"):
+        create_loaders(DataConfig(str(tmp_path), **SMALL), 2)
+    _, held_out, classes = create_loaders(DataConfig(str(tmp_path), **SMALL, eval_split="test"), 2)
+    assert classes == 2 and sum(len(labels) for _, labels in held_out) == 6
+
+
+@pytest.mark.parametrize("text, message", [
+    ("nonsense", "must hold JSON"), ("[1, 2]", "must hold JSON"), ('{"count": 6}', "must hold JSON"),
+    ('{"count": 6, "ids": ["0"]}', "must hold JSON"), ('{"count": 999, "ids": [0, 1]}', "one of the source's 6 pictures, got one of 999"),
+    ('{"count": 6, "ids": [0, 1, 1]}', "each number once, got 1 repeated"), ('{"count": 6, "ids": [0, 6]}', "numbers in 0..5")])
+def test_subsets_of_other_pictures_are_refused(tmp_path, text, message):
+    folder(tmp_path / "tree", ["0", "1"])
+    (tmp_path / "s.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        create_loaders(DataConfig(str(tmp_path / "tree"), **SMALL, subset=str(tmp_path / "s.json")), 2)
+
+
+@pytest.mark.parametrize("text", ["nonsense", "[]", '{"cat": "1"}', '{"cat": -1}', "{}"])
+def test_class_maps_that_are_none(tmp_path, text):
+    folder(tmp_path / "tree", ["cat"])
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(ValueError, match="class_map must be a JSON file"):
+        create_loaders(DataConfig(str(tmp_path / "tree"), **SMALL, class_map=str(tmp_path / "m.json")), 2)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream:parquet"])
+def test_a_damaged_table_is_one_clear_error(tmp_path, kind):
+    pytest.importorskip("datasets")
+    (tmp_path / "train.parquet").write_bytes(b"no table")
+    with pytest.raises(ValueError, match=r"train.parquet' must be a dataset with a split 'train' that can be read"):
+        create_loaders(DataConfig(f"{kind}:{tmp_path}/train.parquet"), 2)
+
+
+def test_options_without_effect_are_refused(tmp_path):
+    folder(tmp_path, ["cat"])
+    with pytest.raises(ValueError, match="image_key must be None where no source has columns, got img"):
+        DataConfig(str(tmp_path), image_key="img")
+    with pytest.raises(ValueError, match="length must be None except for a stream, got 5"):
+        create_loaders(DataConfig(str(tmp_path), length=5), 2)
+
+
+real = pytest.mark.skipif("VITPRUNE_DATA" not in os.environ, reason="VITPRUNE_DATA is not set")
+
+
+@real
+def test_a_thousand_numbered_folders_evaluate_like_wordnet_folders(tmp_path):
+    root = Path(os.environ["VITPRUNE_DATA"]) / "imagenet-sample"
+    wordnet = sorted(p.name for p in root.iterdir() if p.is_dir())
+    assert len(wordnet) == 1000
+    for number, name in enumerate(wordnet):
+        (tmp_path / str(number)).symlink_to(root / name)
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, pretrained_cfg_overlay={"input_size": (3, 32, 32)}).eval()
+    results = [evaluate_source(model, str(place), workers=0) for place in (root, tmp_path)]
+    labels = [open_source(str(place), "val").labels() for place in (root, tmp_path)]
+    assert labels[0] == labels[1] == list(range(1000)) and results[0] == results[1] and results[0]["count"] == 1000
+
+
+@real
+@pytest.mark.parametrize("split, count", [("train", 50_000), ("test", 8_000)])
+def test_cifar10_streams_the_batches_it_reads(split, count):
+    pytest.importorskip("datasets")
+    path = f"parquet:{os.environ['VITPRUNE_DATA']}/cifar10"
+    one, other = (create_loaders(DataConfig(p, train_split=split, eval_split=split, image_size=32, workers=0, window=200), 50)
+                  for p in (path, f"stream:{path}"))
+    assert one[2] == other[2] == 10 and len(one[0]) == len(other[0]) == count // 50
+    for k in (0, 1):
+        for _, (a, la), (b, lb) in zip(range(6), one[k], other[k]):
+            assert torch.equal(a, b) and torch.equal(la, lb)

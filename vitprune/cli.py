@@ -234,6 +234,7 @@ def _add_eval(parser: ArgumentParser) -> None:
     _add_weights(parser)
     parser.add_argument("--data", type=str, required=True, help="an image folder, parquet:PATH, hf:NAME, stream:NAME or digits")
     parser.add_argument("--split", type=str, default="val", help="of the held-out pictures")
+    parser.add_argument("--resize", type=int, help="of the shorter side before the crop; by default as the model's configuration says")
     parser.add_argument("--class-map", type=str, help="JSON file {class name: id}, for names that do not tell their id")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable pictures out instead of refusing")
     parser.add_argument("--batch-size", type=int, default=64)
@@ -246,8 +247,9 @@ def _eval(options: Namespace) -> None:
     from .evaluate import evaluate_source
 
     model = _model(options)
-    result = evaluate_source(model, options.data, _device(options.device), options.batch_size, eval_split=options.split,
-                             class_map=options.class_map, skip_corrupt=options.skip_corrupt, workers=options.workers)
+    result = evaluate_source(model, options.data, _device(options.device), options.batch_size, resize=options.resize,
+                             eval_split=options.split, class_map=options.class_map, skip_corrupt=options.skip_corrupt,
+                             workers=options.workers)
     print(json.dumps({"model": options.model, **result}) if options.json
           else f"{options.model}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, {result['count']} pictures")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .digits import load_digits
-from .sources import UNREADABLE, Source, Stream, decode, open_source
+from .sources import TABLES, UNREADABLE, Source, Stream, decode, open_source
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -31,7 +31,8 @@ class DataConfig:
     scale, ratio, hflip, color_jitter, auto_augment, reprob, interpolation: timm's training transform; scale None: the
         evaluation's transform, as in block pruning's reference.
     workers: processes that decode. window: pictures are shuffled within windows of so many, None: all at once; a stream
-        has windows of 10,000 by default, and other sources give the same batches with the same window.
+        has windows of 10,000 by default (where it is sorted by class, shuffle it before), and other sources give the same
+        batches with the same window.
     subset: file of picture numbers (see `write_subset`). max_corrupt: share of unreadable pictures that training stands.
     skip_corrupt: whether evaluation, too, leaves them out instead of refusing.
     class_map: JSON file {class name: id}. image_key, label_key: columns, where they are not found. length: of a stream.
@@ -64,9 +65,12 @@ class DataConfig:
     length: int | None = None
 
     def __post_init__(self) -> None:
+        columns = any(source.partition(":")[0] in TABLES for source in (self.source, self.eval_source or ""))
         for name, ok, expected in (("image_size", self.image_size >= 1, ">= 1"), ("workers", self.workers >= 0, ">= 0"),
                                    ("resize", self.resize is None or self.resize >= self.image_size, f"None or >= {self.image_size}"),
                                    ("window", self.window is None or self.window >= 1, "None or >= 1"),
+                                   ("image_key", columns or self.image_key is None, "None where no source has columns"),
+                                   ("label_key", columns or self.label_key is None, "None where no source has columns"),
                                    ("max_corrupt", 0 <= self.max_corrupt <= 1, "in [0, 1]"), ("hflip", 0 <= self.hflip <= 1, "in [0, 1]")):
             if not ok:
                 raise ValueError(f"DataConfig: {name} must be {expected}, got {getattr(self, name)}")
@@ -93,7 +97,8 @@ class Pictures(IterableDataset):
     """Batches (images [B, 3, S, S], labels [B], names of unreadable pictures) of a source, in the order of an epoch.
 
     Order and augmentation of a picture are functions of (seed, epoch, its number), whatever the source, the worker and the
-    number of processes.
+    number of processes. In training the next readable picture of the (whole) batch stands in for an unreadable one.
+    An error of the data is yielded, not raised: a worker process would wrap it in its traceback.
     """
 
     def __init__(self, source: Source, transform, batch_size: int, *, training: bool, seed: int = 0, window: int | None = None,
@@ -121,21 +126,21 @@ class Pictures(IterableDataset):
         windows = torch.arange(count).split(self.window or count)
         return torch.cat([window[torch.randperm(len(window), generator=generator)] for window in windows])
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[str]] | Exception]:
         worker = get_worker_info()
         part, parts = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        mine = []
-        for number, rows in enumerate(self.order().split(self.batch_size)[:self.batches()]):
-            share = rows[len(rows) * self.rank // self.world_size:len(rows) * (self.rank + 1) // self.world_size]
-            if number >= self.start and (number - self.start) % parts == part:
-                mine.append(self.ids[share].tolist())
-        for ids, records in self._read(mine):
-            yield self._collate([(i, *records[i]) for i in ids])
+        mine = [self.ids[rows].tolist() for number, rows in enumerate(self.order().split(self.batch_size)[:self.batches()])
+                if number >= self.start and (number - self.start) % parts == part]
+        try:
+            for ids, record in self._read(mine):
+                yield self._collate(ids, record)
+        except (ValueError, OSError) as error:
+            yield error
 
-    def _read(self, batches: list[list[int]]) -> Iterator[tuple[list[int], dict]]:
+    def _read(self, batches: list[list[int]]) -> Iterator[tuple[list[int], Callable[[int], tuple[bytes, int, str]]]]:
         if self.source.random:
             for ids in batches:
-                yield ids, dict(zip(sorted(ids), self.source.records(sorted(ids))))
+                yield ids, lambda i: next(iter(self.source.records([i])))
             return
         wanted = sorted(i for ids in batches for i in ids)   # a stream: read on until the batch is complete, keep what later ones need
         arriving, held = zip(wanted, self.source.records(wanted)), {}
@@ -143,25 +148,24 @@ class Pictures(IterableDataset):
             while any(i not in held for i in ids):
                 i, record = next(arriving)
                 held[i] = record
-            yield ids, {i: held.pop(i) for i in ids}
+            yield ids, {i: held.pop(i) for i in ids}.__getitem__
 
-    def _collate(self, records: list[tuple[int, bytes, int, str]]) -> tuple[Tensor, Tensor, list[str]]:
+    def _collate(self, ids: list[int], record: Callable[[int], tuple[bytes, int, str]]) -> tuple[Tensor, Tensor, list[str]]:
         images, labels, bad = [], [], []
-        for i, data, label, name in records:
-            try:
-                picture = decode(data)
-            except UNREADABLE as error:
-                if self.strict:
-                    raise ValueError(f"evaluation: {name} must be a picture that can be read, got {type(error).__name__}: {error} "
-                                     "(skip_corrupt leaves such pictures out)") from None
-                bad.append(name)
-                continue
-            images.append(self._augment(picture, i))
-            labels.append(label)
-        if self.training and bad and images:  # the batch keeps its size: its readable pictures stand in, in turn
-            good = len(images)
-            images += [images[k % good] for k in range(len(bad))]
-            labels += [labels[k % good] for k in range(len(bad))]
+        for position in range(len(ids) * self.rank // self.world_size, len(ids) * (self.rank + 1) // self.world_size):
+            for i in ids[position:] + ids[:position] if self.training else [ids[position]]:
+                data, label, name = record(i)
+                try:
+                    picture = decode(data)
+                except UNREADABLE as error:
+                    if self.strict:
+                        raise ValueError(f"evaluation: {name} must be a picture that can be read, got {type(error).__name__}: {error} "
+                                         "(skip_corrupt leaves such pictures out)") from None
+                    bad.append(name)
+                    continue
+                images.append(self._augment(picture, i))
+                labels.append(label)
+                break
         stacked = torch.stack(images) if images else torch.zeros(0, 3, 1, 1)
         return stacked, torch.tensor(labels, dtype=torch.int64), bad
 
@@ -199,7 +203,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.pictures.epoch, self.pictures.start = self.epoch, self.start
-        for images, labels, bad in DataLoader(self.pictures, batch_size=None, num_workers=self.workers):
+        for batch in DataLoader(self.pictures, batch_size=None, num_workers=self.workers):
+            if isinstance(batch, Exception):
+                raise batch
+            images, labels, bad = batch
             if bad and not self.corrupt.issuperset(bad):
                 self.corrupt.update(bad)
                 warnings.warn(f"data: {len(self.corrupt)} unreadable pictures so far, {bad[0]} among them", stacklevel=2)
@@ -224,7 +231,7 @@ def create_loaders(data: DataConfig, batch_size: int, seed: int = 0, *, rank: in
     if source.names is not None and held.names is not None and list(source.names) != list(held.names):
         raise ValueError(f"data: training and held-out pictures must have the same classes, got {list(source.names)[:5]} and "
                          f"{list(held.names)[:5]}")
-    subset = None if data.subset is None else read_subset(data.subset)
+    subset = None if data.subset is None else read_subset(data.subset, len(source))
     where = {"rank": rank, "world_size": world_size}
     training = Pictures(source, data.transform(True), batch_size, training=True, seed=seed, window=data.window, subset=subset, **where)
     return (Loader(training, data.workers, data.max_corrupt), create_eval_loader(data, batch_size, source=held, **where),
@@ -269,6 +276,21 @@ def write_subset(path: str | Path, ids: Sequence[int], count: int) -> None:
     Path(path).write_text(json.dumps({"count": count, "ids": list(ids)}) + "\n")
 
 
-def read_subset(path: str | Path) -> list[int]:
-    """The numbers that `write_subset` wrote."""
-    return json.loads(Path(path).read_text())["ids"]
+def read_subset(path: str | Path, count: int | None = None) -> list[int]:
+    """The numbers that `write_subset` wrote, of `count` pictures where that is given.
+
+    Raises ValueError where the file is none of its, is one of other pictures, or repeats a number.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        ids, total = found["ids"], found["count"]
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise ValueError("ids that are not whole numbers")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'subset: {str(path)!r} must hold JSON {{"count": pictures, "ids": [numbers]}}, got {type(error).__name__}: '
+                         f"{error}") from None
+    if count is not None and total != count:
+        raise ValueError(f"subset: {str(path)!r} must be one of the source's {count} pictures, got one of {total}")
+    if len(set(ids)) != len(ids):
+        raise ValueError(f"subset: {str(path)!r} must hold each number once, got {len(ids) - len(set(ids))} repeated")
+    return ids

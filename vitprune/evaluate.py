@@ -95,9 +95,11 @@ def evaluate(model: nn.Module, loader: Iterable, seed: int = 0) -> dict:
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "count": count}
 
 
-def evaluate_source(model: nn.Module, source: str, device: torch.device | str = "cpu", batch_size: int = 64, **options) -> dict:
+def evaluate_source(model: nn.Module, source: str, device: torch.device | str = "cpu", batch_size: int = 64, *,
+                    resize: int | None = None, **options) -> dict:
     """`evaluate` on the held-out pictures of a `DataConfig` source, with the preprocessing that the model was made for.
 
+    resize: of the shorter side before the crop, by default as the model's configuration says (timm's DeiT: 248; its paper: 256).
     options: other fields of DataConfig (eval_split, workers, class_map, skip_corrupt, ...). Raises ValueError where the
     source's classes are not the model's.
     """
@@ -107,10 +109,10 @@ def evaluate_source(model: nn.Module, source: str, device: torch.device | str = 
     from .digits import load_digits
 
     if source == "digits":
-        return evaluate(model, load_digits()[1])
+        return evaluate(model.to(device), load_digits()[1])
     c = resolve_data_config(model=model)
     size = c["input_size"][-1]
-    data = DataConfig(source=source, image_size=size, resize=round(size / c["crop_pct"]), interpolation=c["interpolation"],
+    data = DataConfig(source=source, image_size=size, resize=resize or round(size / c["crop_pct"]), interpolation=c["interpolation"],
                       mean=tuple(c["mean"]), std=tuple(c["std"]), **options)
     pictures = data.open(False)
     if pictures.names is not None and len(pictures.names) != model.num_classes:

@@ -13,6 +13,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageNetInfo
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
+TABLES = ("parquet", "hf", "stream")  # kinds of sources that have columns
+SPLITS = ("train", "val", "validation", "test")
 UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError, EOFError, KeyError, TypeError)
 
 
@@ -59,18 +61,28 @@ class Folder(Source):
     def records(self, ids):
         for i in ids:
             name, label = self.files[i]
-            yield (self.root / name).read_bytes(), label, name
+            yield _bytes(self.root / name), label, name
 
     def labels(self):
         return [label for _, label in self.files]
 
 
-class Rows(Source):
-    """A Hugging Face dataset with random access: cached, or read from local parquet files."""
+class Table(Source):
+    """The columns of a Hugging Face dataset: undecoded pictures and labels."""
 
     def __init__(self, rows, name: str, class_map=None, image: str | None = None, label: str | None = None) -> None:
-        self.rows, self.image, self.label, self._to_id, self.names = _columns(rows, name, class_map, image, label)
+        self.rows, self.image, self.label, self.ids, self.names = _columns(rows, name, class_map, image, label)
         self.name = name
+
+    def _id(self, value) -> int:
+        label = value if self.ids is None else self.ids.get(value)
+        if not isinstance(label, int) or label < 0:
+            raise ValueError(f"data: column {self.label} of {self.name} must hold class ids >= 0 or names of classes, got {value!r}")
+        return label
+
+
+class Rows(Table):
+    """A Hugging Face dataset with random access: cached, or read from local parquet files."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,13 +90,13 @@ class Rows(Source):
     def records(self, ids):
         for i in ids:
             row = self.rows[int(i)]
-            yield _encoded(row[self.image]), self._to_id(row[self.label]), f"{self.name}[{i}]"
+            yield _encoded(row[self.image]), self._id(row[self.label]), f"{self.name}[{i}]"
 
     def labels(self):
-        return [self._to_id(value) for value in self.rows[self.label]]
+        return [self._id(value) for value in self.rows[self.label]]
 
 
-class Stream(Source):
+class Stream(Table):
     """A Hugging Face dataset that is read from front to back, again every epoch; nothing is stored.
 
     Its length comes from the dataset's description, or must be given.
@@ -92,14 +104,14 @@ class Stream(Source):
     random = False
 
     def __init__(self, rows, name: str, length: int | None, class_map=None, image: str | None = None, label: str | None = None) -> None:
-        self.rows, self.image, self.label, self._to_id, self.names = _columns(rows, name, class_map, image, label)
+        super().__init__(rows, name, class_map, image, label)
         if length is None:
             splits = getattr(getattr(rows, "info", None), "splits", None) or {}
             split = splits.get(str(getattr(rows, "split", "")))
             length = split.num_examples if split is not None else None
         if not length:
             raise ValueError(f"data: length must be given for the stream {name}, whose description does not tell the number of pictures")
-        self.length, self.name = length, name
+        self.length = length
 
     def __len__(self) -> int:
         return self.length
@@ -112,13 +124,13 @@ class Stream(Source):
             if target is None:
                 return
             if i == target:
-                yield _encoded(cell), self._to_id(value), f"{self.name}[{i}]"
+                yield _encoded(cell), self._id(value), f"{self.name}[{i}]"
                 target = next(wanted, None)
         if target is not None:
             raise ValueError(f"data: the stream {self.name} must hold {self.length} pictures, it ended before number {target}")
 
     def labels(self):
-        return [self._to_id(row[self.label]) for row in self.rows.remove_columns([self.image])]
+        return [self._id(row[self.label]) for row in self.rows.remove_columns([self.image])]
 
 
 def open_source(source: str, split: str, *, class_map: str | None = None, length: int | None = None, image: str | None = None,
@@ -130,11 +142,12 @@ def open_source(source: str, split: str, *, class_map: str | None = None, length
     class_map: JSON file {class name: id} for names that do not tell their id.
     Raises ValueError or FileNotFoundError naming what is missing.
     """
-    names = None if class_map is None else json.loads(Path(class_map).read_text())
+    names = None if class_map is None else read_class_map(class_map)
     kind, _, rest = source.partition(":")
-    if kind not in ("parquet", "hf", "stream"):
-        folder = Path(source)
-        return Folder(folder / split if (folder / split).is_dir() else folder, names)
+    if length is not None and kind != "stream":
+        raise ValueError(f"data: length must be None except for a stream, got {length} for {source!r}")
+    if kind not in TABLES:
+        return Folder(_split_folder(Path(source), split), names)
     try:
         import datasets
     except ModuleNotFoundError:
@@ -143,16 +156,30 @@ def open_source(source: str, split: str, *, class_map: str | None = None, length
     streaming = kind == "stream"
     if streaming:
         kind, _, rest = rest.partition(":") if rest.startswith("parquet:") else ("hf", "", rest)
-    if kind == "parquet":
-        files = parquet_files(rest, split)
-        rows = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
-        if streaming and length is None:
-            import pyarrow.parquet
-            length = sum(pyarrow.parquet.ParquetFile(f).metadata.num_rows for f in files)
-    else:
-        name, _, config = rest.partition("@")
-        rows = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+    name, _, config = rest.partition("@")
+    files = parquet_files(rest, split) if kind == "parquet" else None
+    try:
+        if files is None:
+            rows = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+        else:
+            rows = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
+            if streaming and length is None:
+                import pyarrow.parquet
+                length = sum(pyarrow.parquet.ParquetFile(f).metadata.num_rows for f in files)
+    except Exception as error:  # the network, the hub, a damaged file, an unknown split: the library raises many types
+        raise ValueError(f"data: {source!r} must be a dataset with a split {split!r} that can be read, got {type(error).__name__}: "
+                         f"{error}") from error
     return Stream(rows, rest, length, names, image, label) if streaming else Rows(rows, rest, names, image, label)
+
+
+def _split_folder(folder: Path, split: str) -> Path:
+    """The folder of the split, or the folder itself where it holds classes and no splits."""
+    if (folder / split).is_dir():
+        return folder / split
+    splits = [s for s in SPLITS if (folder / s).is_dir() and any(p.is_dir() for p in (folder / s).iterdir())]
+    if splits:
+        raise FileNotFoundError(f"data: source must hold the split {split!r}, got {str(folder)!r} with {', '.join(splits)}")
+    return folder
 
 
 def parquet_files(path: str, split: str) -> list[str]:
@@ -161,8 +188,22 @@ def parquet_files(path: str, split: str) -> list[str]:
     found = [place] if place.is_file() else sorted(
         f for f in place.rglob("*.parquet") if f.name.startswith(split) or f.parent.name == split)
     if not found:
-        raise FileNotFoundError(f"data: source must be a parquet file or a folder with files {split}*.parquet, got {path!r}")
+        others = ", ".join(sorted(f.name for f in place.rglob("*.parquet"))[:5])
+        raise FileNotFoundError(f"data: source must be a parquet file or a folder with files {split}*.parquet, got {path!r}"
+                                + (f" with {others}" if others else ""))
     return [str(f) for f in found]
+
+
+def read_class_map(path: str | Path) -> dict[str, int]:
+    """The JSON object {class name: id} of a file."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data: class_map must be a JSON file {{class name: id}}, got {str(path)!r}: {error}") from None
+    bad = found if not isinstance(found, dict) else {k: v for k, v in found.items() if type(v) is not int or v < 0}
+    if bad or not found:
+        raise ValueError(f"data: class_map must be a JSON file {{class name: id >= 0}}, got {str(bad)[:80]} in {str(path)!r}")
+    return found
 
 
 def class_ids(names: Sequence[str], class_map: dict[str, int] | None, where: str) -> tuple[dict[str, int], list[str] | None]:
@@ -175,13 +216,13 @@ def class_ids(names: Sequence[str], class_map: dict[str, int] | None, where: str
         missing = [name for name in names if name not in class_map]
         if missing:
             raise ValueError(f"data: class_map must name every class of {where}, lacks {missing[0]!r}")
-        return {name: int(class_map[name]) for name in names}, None
+        return {name: class_map[name] for name in names}, None
     if all(re.fullmatch(r"\d+", name) for name in names):
         ids = {name: int(name) for name in names}
         if len(set(ids.values())) != len(ids):
             raise ValueError(f"data: classes of {where} must differ as numbers, got {sorted(names)[:4]}")
         return ids, None
-    imagenet = {name: index for index, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+    imagenet = {name: index for index, name in enumerate(_wordnet())}
     known = [name in imagenet for name in names]
     if all(known):
         return {name: imagenet[name] for name in names}, list(imagenet)
@@ -193,8 +234,13 @@ def class_ids(names: Sequence[str], class_map: dict[str, int] | None, where: str
     return {name: index for index, name in enumerate(ordered)}, ordered
 
 
+def _wordnet() -> list[str]:
+    """The WordNet ids of ImageNet-1k in the order of its classes."""
+    return ImageNetInfo("imagenet-1k").label_names()
+
+
 def _columns(rows, name: str, class_map, image: str | None, label: str | None):
-    """The dataset with undecoded pictures, its two columns, what makes an id of a label, and class names."""
+    """The dataset with undecoded pictures, its two columns, the id of each label (None: itself), and class names."""
     import datasets
 
     features = rows.features or {}
@@ -206,24 +252,36 @@ def _columns(rows, name: str, class_map, image: str | None, label: str | None):
         if key not in features:
             raise ValueError(f"data: {what}_key must be a column of {name} ({', '.join(features) or 'none is known'}), got {key!r}")
     feature = features[label]
-    names = list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
     rows = rows.cast_column(image, datasets.Image(decode=False))
-    if names is not None and class_map is not None:
-        ids, _ = class_ids(names, class_map, name)
-        return rows, image, label, lambda value: ids[names[value]], None
-    if names is not None or feature.dtype.startswith(("int", "uint")):
-        return rows, image, label, int, names
-    texts = sorted(set(rows[label])) if hasattr(rows, "__getitem__") and not hasattr(rows, "_ex_iterable") else None
-    if texts is None and class_map is None:
+    if isinstance(feature, datasets.ClassLabel):
+        names = list(feature.names)
+        if class_map is None and not all(name.isdecimal() for name in names) and not set(names) <= set(_wordnet()):
+            return rows, image, label, None, names
+        ids, ordered = class_ids(names, class_map, name)  # numbers and WordNet ids mean the same as in a folder, whatever their order
+        return rows, image, label, {index: ids[n] for index, n in enumerate(names)}, ordered
+    kind = str(getattr(feature, "dtype", feature))
+    if kind.startswith(("int", "uint")):
+        return rows, image, label, None, None
+    if "string" not in kind:
+        raise ValueError(f"data: label_key must be a column of class ids or names, got {label!r} of {kind}")
+    if class_map is None and isinstance(rows, datasets.IterableDataset):
         raise ValueError(f"data: class_map must be given for the stream {name}, whose labels are text")
-    ids, ordered = class_ids(texts if texts is not None else list(class_map), class_map, name)
-    return rows, image, label, ids.__getitem__, ordered
+    ids, ordered = class_ids(list(class_map or sorted(set(rows[label]))), class_map, name)
+    return rows, image, label, ids, ordered
 
 
 def _encoded(cell) -> bytes:
-    if cell.get("bytes") is not None:
-        return cell["bytes"]
-    return Path(cell["path"]).read_bytes()
+    if cell is None:
+        return b""
+    return cell["bytes"] if cell.get("bytes") is not None else _bytes(cell.get("path"))
+
+
+def _bytes(path) -> bytes:
+    """The file's content; nothing, which is an unreadable picture, where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except (OSError, TypeError):
+        return b""
 
 
 def decode(data: bytes) -> Image.Image:
