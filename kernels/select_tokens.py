@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Output rows and channels a program copies at a time; pairs of scores it compares at a time.
-CONFIG = {"rows": 8, "channels": 256, "pairs": 8192, "num_warps": 4}
+CONFIG = {"rows": 8, "channels": 256, "pairs": 4096, "num_warps": 4}
 MAX_PATCHES = 4096  # a program holds every score of an image in registers
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -82,10 +82,11 @@ def launch(x: Tensor, scores: Tensor, k: int, prefix: int, config: dict = CONFIG
     bits = BITS[x.element_size()]  # rows are copied as they are, whatever their format
     patches = triton.next_power_of_2(max(N - prefix, 1))
     grid = (B, triton.cdiv(prefix + k, config["rows"]))
+    pairs = config["pairs"] * 4 // max(4, scores.element_size())  # 64-bit keys take two registers each
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         select_tokens_kernel[grid](
             x.view(bits), scores, tokens.view(bits), ids,
             prefix, N - prefix, k, C, *x.stride(), *scores.stride(),
-            WIDE=scores.dtype == torch.float64, PATCHES=patches, OTHERS=max(1, min(patches, config["pairs"] // patches)),
+            WIDE=scores.dtype == torch.float64, PATCHES=patches, OTHERS=max(1, min(patches, pairs // patches)),
             ROWS=config["rows"], CHANNELS=config["channels"], num_warps=config["num_warps"])
     return tokens, ids

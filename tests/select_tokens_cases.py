@@ -1,6 +1,7 @@
 """Random cases of select_tokens, and its truth in plain Python and numpy."""
 import numpy as np
 import torch
+from kernel_checks import layout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 SIZES = (0, 1, 2, 3, 7, 16, 33, 64, 65)
@@ -25,24 +26,6 @@ def case(seed: int, large: bool = False, device: str = "cpu"):
     x = torch.from_numpy(rng.standard_normal((B, prefix + N, C))).to(DTYPES[rng.integers(4)])
     scores = torch.from_numpy(scores).to(DTYPES[rng.integers(4)])
     return layout(x.to(device), rng), layout(scores.to(device), rng), k, prefix
-
-
-def layout(t: torch.Tensor, rng) -> torch.Tensor:
-    """The same values (or one image's, repeated) under other strides and offsets."""
-    kind = rng.integers(0, 5)
-    if kind == 1:
-        return t.transpose(0, -1).contiguous().transpose(0, -1)
-    if kind == 2:  # every second element of a larger tensor, from an odd offset
-        wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), 7)
-        wide[..., 1::2] = t
-        return wide[..., 1::2]
-    if kind == 3 and t.shape[0]:
-        return t[:1].expand(t.shape)
-    if kind == 4:  # rows of a wider tensor, as after a fused projection
-        wide = t.new_full((*t.shape[:-1], t.shape[-1] + 3), 7)
-        wide[..., 3:] = t
-        return wide[..., 3:]
-    return t
 
 
 def truth(x, scores, k: int, prefix: int) -> tuple[np.ndarray, np.ndarray]:

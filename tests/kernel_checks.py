@@ -1,0 +1,95 @@
+"""What the tests of every kernel share: random cases, memory layouts, and compilation for cards that are not here."""
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from hypothesis import HealthCheck, given, settings
+
+ARCHS = (75, 80, 86, 89, 90, 100, 120)
+SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may have
+
+
+def explore(check, small, real, count: int, describe) -> None:
+    """check(case) on `count` cases: a fifth from the strategy `real`, the rest from `small`; prints how they spread."""
+    spread: Counter = Counter()
+    for strategy, examples in ((real, count // 5), (small, count - count // 5)):
+        @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+        @given(strategy)
+        def run(case):
+            spread.update(describe(case))
+            spread["cases"] += 1
+            check(case)
+        run()
+    print(dict(sorted(spread.items())))
+
+
+def layout(t: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """The same values (or one image's, repeated) under other strides and offsets."""
+    kind = rng.integers(0, 5)
+    if kind == 1:
+        return t.transpose(0, -1).contiguous().transpose(0, -1)
+    if kind == 2:  # every second element of a larger tensor, from an odd offset
+        wide = t.new_full((*t.shape[:-1], 2 * t.shape[-1] + 1), 7)
+        wide[..., 1::2] = t
+        return wide[..., 1::2]
+    if kind == 3 and t.shape[0]:
+        return t[:1].expand(t.shape)
+    if kind == 4:  # rows of a wider tensor, as after a fused projection
+        wide = t.new_full((*t.shape[:-1], t.shape[-1] + 3), 7)
+        wide[..., 3:] = t
+        return wide[..., 3:]
+    return t
+
+
+class Recorder:
+    """Stands in for a @triton.jit function: keeps what it was launched with instead of launching it."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((args, options))
+
+
+def record(monkeypatch, module, call) -> list[tuple]:
+    """(kernel, args, options) of every launch of a kernel of `module` while call() runs; nothing is launched."""
+    import triton
+    recorders = {name: Recorder(f) for name, f in vars(module).items() if isinstance(f, triton.runtime.JITFunction)}
+    with monkeypatch.context() as patch:
+        for name, recorder in recorders.items():
+            patch.setattr(module, name, recorder)
+        call()
+    return [(r.kernel, *launch) for r in recorders.values() for launch in r.launches]
+
+
+def compile_launch(kernel, args, options: dict, arch: int) -> dict:
+    """Compiles a recorded launch for `arch` as Triton would: {"registers", "spills" (bytes), "shared", "ptx", "cubin"}."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import mangle_type  # the type names of a signature
+    tuning = {k: options[k] for k in ("num_warps", "num_stages") if k in options}
+    values = dict(zip(kernel.arg_names, args)) | {k: v for k, v in options.items() if k in kernel.arg_names}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+            continue
+        signature[parameter.name] = mangle_type(value)
+        aligned = value.storage_offset() * value.element_size() if isinstance(value, torch.Tensor) else value
+        if not isinstance(aligned, float) and aligned % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch, 32), options=tuning)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path], capture_output=True, text=True,
+                               check=True).stdout
+    found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared,
+            "ptx": compiled.asm["ptx"], "cubin": compiled.asm["cubin"]}
