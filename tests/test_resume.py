@@ -17,7 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from vitprune import BlockPruning, TokenPruning, prune, resume
 from vitprune.digits import TensorLoader
 from vitprune.resume import Checkpoints, write_metrics
-from vitprune.train import Run, Stopped, TrainConfig, train
+from vitprune.step import Run
+from vitprune.train import Stopped, TrainConfig, train
 
 CONFIG = TrainConfig(epochs=5, batch_size=8, lr=3e-3, warmup_epochs=1, backbone_lr_scale=1.0, backbone_frozen_epochs=0,
                      train_embeddings=True, ema=0.8, mixup=0.8, ramp_tokens=True)

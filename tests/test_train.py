@@ -9,7 +9,8 @@ from torch import nn
 from vitprune import BlockPruning, TokenPruning, prune
 from vitprune.digits import TensorLoader
 from vitprune.evaluate import evaluate, teach
-from vitprune.train import NonFiniteLoss, TrainConfig, parameter_groups, soft_target, train
+from vitprune.step import NonFiniteLoss, parameter_groups, soft_target
+from vitprune.train import TrainConfig, train
 
 CONFIG = TrainConfig(epochs=2, batch_size=16, warmup_epochs=0, backbone_lr_scale=1.0, backbone_frozen_epochs=0,
                      train_embeddings=True)

@@ -22,8 +22,9 @@ from .doctor import default_device
 from .evaluate import world
 from .progress import Progress
 from .resume import Checkpoints, write_metrics
+from .step import NonFiniteLoss
 from .tokens import TokenPruning
-from .train import NonFiniteLoss, Stopped, TrainConfig, train
+from .train import Stopped, TrainConfig, train
 from .vit import PrunedViT, compact, prune
 
 RECIPES = Path(__file__).parent / "recipes"

@@ -1,0 +1,205 @@
+"""One update of a model in training: objective, learned blocks, mixed precision, gradients, and what an epoch records."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from . import learned
+from .evaluate import evaluate, first_non_finite, forward, teach, world
+from .losses import DynamicViTLoss
+
+if TYPE_CHECKING:
+    from .train import TrainConfig
+
+EMBEDDINGS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # what the official recipe never trains
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss that is not finite; the message names the first tensor that is not."""
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Optimizer groups "backbone", "predictors" and "scores", with and without weight decay (none on vectors, embeddings and scores).
+
+    Every parameter is in exactly one group, but the embeddings where `train_embeddings` is off: they are in none.
+    """
+    groups: dict[tuple[str, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        embedding = name in EMBEDDINGS
+        if embedding and not config.train_embeddings:
+            continue
+        kind = "scores" if learned.is_score(name) else "predictors" if name.startswith("score_predictor.") else "backbone"
+        decay = not embedding and kind != "scores" and parameter.ndim > 1
+        groups.setdefault((kind, decay), []).append(parameter)
+    scale = {"backbone": config.backbone_lr_scale, "predictors": 1.0, "scores": config.score_lr / config.lr}
+    return [{"name": kind, "params": params, "weight_decay": config.weight_decay if decay else 0.0, "lr_scale": scale[kind]}
+            for (kind, decay), params in groups.items()]
+
+
+class Student(nn.Module):
+    """A model whose call is `forward`, so that DistributedDataParallel sees it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor):
+        return forward(self.model, images)
+
+
+class Run:
+    """A model in training: everything that a step changes, and the step itself."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, steps: int, teacher: nn.Module | None = None) -> None:
+        """steps: of an epoch; teacher: the dense model that distils, or None."""
+        self.model, self.config, self.steps, self.teacher = model, config, steps, teacher
+        self.device = next(model.parameters()).device
+        self.optimizer = create_optimizer_v2(parameter_groups(model, config), opt=config.opt, lr=config.lr)
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer, sched=config.sched, num_epochs=config.epochs, min_lr=config.min_lr, warmup_epochs=config.warmup_epochs,
+            warmup_lr=min(1e-6, config.lr), warmup_prefix=False, step_on_epochs=False, updates_per_epoch=steps)
+        self.criterion = DynamicViTLoss(_ratios(model), config.ratio_weight, config.distill_weight, config.token_weight)
+        self.ema = None if config.ema is None else ModelEmaV3(model, decay=config.ema)
+        self.dtype = _amp(config.amp, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.student = Student(model)
+        if world()[1] > 1:
+            self.student = nn.parallel.DistributedDataParallel(self.student)
+        self.mixup = None
+        if config.mixup or config.cutmix:
+            self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.num_classes)
+        self.totals: dict[str, Tensor] = {}   # sums over the steps of this epoch
+        self.history: list[dict] = []         # a record an epoch
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs beside the weights."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "totals": self.totals,
+                "history": self.history}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue where `state_dict` was taken."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.totals = {name: total.to(self.device) for name, total in state["totals"].items()}
+        self.history = list(state["history"])
+
+    def step(self, step: int, images: Tensor, labels: Tensor) -> Tensor:
+        """One update, the `step`th of the run, and its loss; its randomness is a function of the seed and of `step`."""
+        config, seed = self.config, self.config.seed * 1_000_003 + step
+        progress = step / (config.epochs * self.steps)
+        images, labels = images.to(self.device), labels.to(self.device)
+        torch.manual_seed(seed)
+        self.model.train()
+        frozen = step // self.steps < config.backbone_frozen_epochs
+        chosen = self.model_learns and self.model.learning.schedule.fraction(progress) == 1  # what is left is fine-tuned in peace
+        for group in self.optimizer.param_groups:  # a rate of 0, as in the official code: AdamW's moments still gather
+            if group["name"] == "backbone":
+                group["lr_scale"] = 0.0 if frozen else config.backbone_lr_scale
+            elif group["name"] == "scores":
+                group["lr_scale"] = 0.0 if chosen else config.score_lr / config.lr
+        self.scheduler.step_update(step)  # reads the scales
+        learned.advance(self.model, progress)
+        self.criterion.keep_ratios = _ratios(self.model, progress if config.ramp_tokens else 1.0)
+        if self.mixup is not None:
+            np.random.seed(seed % 2 ** 32)  # noqa: NPY002 (timm's Mixup draws from it)
+            images, target = self.mixup(images, labels)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            output = self.student(images)
+            taught = None if self.teacher is None else teach(self.teacher, images)
+        if self.mixup is None:
+            target = soft_target(labels, output.logits.shape[-1], config.smoothing)
+        wide = output._replace(logits=output.logits.float(), features=output.features.float())
+        loss, parts = self.criterion(wide, target, None if taught is None else tuple(t.float() for t in taught))
+        if self.model_learns:
+            parts["penalty"] = learned.penalty(self.model, progress)
+            loss = loss + parts["penalty"]
+        if in_any_process(not torch.isfinite(loss), self.device):
+            where = first_non_finite(self.model, images, parts, seed)
+            raise NonFiniteLoss(f"train: the loss is {loss.item()} at epoch {step // self.steps}, step {step}; first non-finite: {where}")
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        if config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            active = [p for group in self.optimizer.param_groups if group["lr_scale"] > 0 and group["name"] != "scores"
+                      for p in group["params"]]  # scores sum over whole blocks: their gradients would drown the weights'
+            norm = nn.utils.clip_grad_norm_(active, config.clip_grad)
+            if not self.scaler.is_enabled() and not torch.isfinite(norm):  # the same in every process; the scaler skips such a step
+                named = ((n, p) for n, p in self.model.named_parameters() if p.grad is not None and any(p is a for a in active))
+                where = next((n for n, p in named if not torch.isfinite(p.grad).all()), "their norm")
+                raise NonFiniteLoss(f"train: the gradients are not finite at epoch {step // self.steps}, step {step}, "
+                                    f"where the loss is {loss.item()}; first non-finite: gradient of {where}")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.model, step=step)
+        for name, value in {"loss": loss, **parts}.items():
+            self.totals[name] = self.totals.get(name, 0) + value.detach().float()
+        return loss.detach()
+
+    @property
+    def model_learns(self) -> bool:
+        """Whether blocks are being learned."""
+        return getattr(self.model, "learning", None) is not None
+
+    def end_epoch(self, epoch: int, held_out) -> dict:
+        """The record of an epoch: its means, and the accuracies where it is time to evaluate."""
+        means = {name: total / self.steps for name, total in self.totals.items()}
+        if world()[1] > 1:
+            for value in means.values():
+                dist.all_reduce(value, op=dist.ReduceOp.AVG if self.device.type == "cuda" else dist.ReduceOp.SUM)
+                if self.device.type != "cuda":
+                    value /= world()[1]
+        record = {"epoch": epoch, "step": (epoch + 1) * self.steps, "lr": max(g["lr"] for g in self.optimizer.param_groups),
+                  **{name: value.item() for name, value in means.items()}}
+        last = epoch == self.config.epochs - 1
+        if last:
+            learned.advance(self.model, 1.0)
+        if held_out is not None and (last or (epoch + 1) % self.config.eval_every == 0):
+            record |= evaluate(self.model, held_out)
+            if self.ema is not None:
+                learned.advance(self.ema.module, (epoch + 1) / self.config.epochs)
+                record |= {f"ema_{name}": value for name, value in evaluate(self.ema.module, held_out).items() if name != "count"}
+        self.totals = {}
+        self.history.append(record)
+        return record
+
+
+def _ratios(model: nn.Module, progress: float = 1.0) -> tuple[float, ...]:
+    """Targets of the ratio loss at `progress` of the schedule: none where nothing decides (no predictor)."""
+    tokens = getattr(model, "tokens", None)
+    if tokens is None or tokens.score != "predictor":
+        return ()
+    schedule = getattr(getattr(model, "learning", None), "schedule", learned.Cubic())
+    fraction = 1.0 if progress == 1.0 else schedule.fraction(progress)
+    return tuple(1 + (ratio - 1) * fraction for ratio in model.keep_ratios)
+
+
+def _amp(name: str, device: torch.device) -> torch.dtype | None:
+    if name == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return None if name == "off" else getattr(torch, name)
+
+
+def in_any_process(flag, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    if world()[1] == 1:
+        return bool(flag)
+    shared = torch.tensor(float(flag), device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return bool(shared)
+
+
+def soft_target(labels: Tensor, classes: int, smoothing: float) -> Tensor:
+    """Labels [B] -> probabilities [B, classes]: 1 - smoothing on the label, `smoothing` spread over all classes."""
+    return F.one_hot(labels, classes) * (1 - smoothing) + smoothing / classes
