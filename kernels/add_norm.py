@@ -119,7 +119,8 @@ def default(dtype: torch.dtype, arch: int, *, C: int, R: int = 0) -> dict:
 def candidates(dtype: torch.dtype, arch: int, *, C: int, R: int = 0) -> list[dict]:
     """What is worth timing, the default first."""
     first, width = default(dtype, arch, C=C, R=R), triton.next_power_of_2(C)
-    found = [first | {"rows": max(1, elements // width), "num_warps": warps} for elements, warps in ((1024, 2), (1024, 4), (4096, 4), (4096, 8))]
+    found = [first | {"rows": max(1, elements // width), "num_warps": warps}
+             for elements, warps in ((1024, 2), (1024, 4), (4096, 4), (4096, 8))]
     found += [first | {"backward_rows": max(1, elements // width), "programs": programs, "backward_warps": warps}
               for elements, programs, warps in ((1024, 1024, 4), (2048, 256, 8), (4096, 256, 8), (4096, 512, 16))]
     return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]

@@ -149,7 +149,7 @@ def test_triton_mixed_dtypes_and_refusals(device):
         with pytest.raises(RuntimeError, match="no kernel for torch.float64"):
             ops.add_norm(r.double(), r, w, None, 1e-5)
         with pytest.raises(RuntimeError, match="5000 channels are more than the 4096"):
-            ops.add_norm(torch.ones(1, 5000, device=device), torch.ones(1, 5000, device=device), torch.ones(5000, device=device), None, 1e-5)
+            ops.add_norm(r.new_ones(1, 5000), r.new_ones(1, 5000), r.new_ones(5000), None, 1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
