@@ -70,7 +70,8 @@ def rows(device: torch.device, min_time: float = 0.05):
                 copied = 2 * x.nbytes
                 moved = (FORWARD + (BACKWARD if backward else 0)) * x.nbytes
                 yield {"B": B, "N": N, "C": C, "dtype": kind, "pass": "forward+backward" if backward else "forward",
-                       "bytes": moved, "macs": 0, "ms": ms, "spread_ms": {n: [min(t), max(t)] for n, t in times.items()}, "unavailable": refused,
+                       "bytes": moved, "macs": 0, "ms": ms, "unavailable": refused,
+                       "spread_ms": {n: [min(t), max(t)] for n, t in times.items()},
                        "share_of_copy_bandwidth": {n: (moved / t) / (copied / ms["copy"]) for n, t in ms.items() if n != "copy"}}
 
 
