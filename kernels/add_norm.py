@@ -127,12 +127,12 @@ def candidates(dtype: torch.dtype, arch: int, *, C: int, R: int = 0) -> list[dic
 
 
 def refuses(device: torch.device, dtype: torch.dtype, *, residual: torch.dtype = torch.float32, weight: torch.dtype = torch.float32,
-            channels: int = 1, **_) -> str | None:
-    """Why `launch` cannot serve, or None. dtype: of x; residual, weight: their dtypes; channels: C."""
+            wide: bool = False, **_) -> str | None:
+    """Why `launch` cannot serve, or None. dtype: of x; residual, weight: their dtypes; wide: C > MAX_CHANNELS."""
     for kind in (dtype, residual, weight):
         if kind not in DTYPES:
             return f"no kernel for {kind}"
-    return f"{channels} channels are more than the {MAX_CHANNELS} that a program can hold" if channels > MAX_CHANNELS else None
+    return f"more channels than the {MAX_CHANNELS} that a program can hold" if wide else None
 
 
 def _rows(t: Tensor) -> Tensor:
