@@ -62,6 +62,32 @@ def select_tokens_kernel(
         tl.store(out, value, mask=mask)
 
 
+@triton.jit
+def select_tokens_backward_kernel(
+    dtokens, ids, dx,
+    P, N, K, C,
+    d_batch, d_token, d_channel,
+    OTHERS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):
+    """grid (images, tiles of ROWS rows of dx); ids ascend, so a kept patch's row is the number of ids below it."""
+    b = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    below = tl.zeros((ROWS,), tl.int32)
+    kept = (row < P).to(tl.int32)
+    for start in range(0, K, OTHERS):
+        other = start + tl.arange(0, OTHERS)
+        at = tl.load(ids + b * K + other, mask=other < K, other=N).to(tl.int32)[None, :]
+        below += tl.sum((at < row[:, None] - P).to(tl.int32), 1)
+        kept += tl.sum((at == row[:, None] - P).to(tl.int32), 1)
+    source = tl.where(row < P, row, P + below).to(tl.int64)
+    for start in range(0, C, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS).to(tl.int64)
+        mask = (row < P + N)[:, None] & (channel < C)[None, :]
+        value = tl.load(dtokens + b * d_batch + (source * d_token)[:, None] + (channel * d_channel)[None, :],
+                        mask=mask & (kept != 0)[:, None], other=0)
+        tl.store(dx + (b * (P + N) + row.to(tl.int64))[:, None] * C + channel[None, :], value, mask=mask)
+
+
 def refuses(device: torch.device, dtype: torch.dtype, *, scores: torch.dtype = torch.float32, patches: int = 0,
             **_) -> str | None:
     """Why `launch` cannot serve, or None. dtype: of x, any; scores: the dtype of the scores; patches: N."""
@@ -90,3 +116,17 @@ def launch(x: Tensor, scores: Tensor, k: int, prefix: int, config: dict = CONFIG
             WIDE=scores.dtype == torch.float64, PATCHES=patches, OTHERS=max(1, min(patches, pairs // patches)),
             ROWS=config["rows"], CHANNELS=config["channels"], num_warps=config["num_warps"])
     return tokens, ids
+
+
+def launch_backward(dtokens: Tensor, ids: Tensor, prefix: int, tokens: int, config: dict = CONFIG) -> Tensor:
+    """The gradient of x [B, tokens, C], zeros included, from that of the kept tokens [B, P+K, C] and their ids."""
+    B, _, C = dtokens.shape
+    dx = torch.empty(B, tokens, C, dtype=dtokens.dtype, device=dtokens.device)
+    if dx.numel() == 0:
+        return dx
+    bits = BITS[dx.element_size()]
+    with torch.cuda.device(dx.device) if dx.is_cuda else contextlib.nullcontext():
+        select_tokens_backward_kernel[(B, triton.cdiv(tokens, config["rows"]))](
+            dtokens.view(bits), ids.contiguous(), dx.view(bits), prefix, tokens - prefix, ids.shape[1], C, *dtokens.stride(),
+            OTHERS=256, ROWS=config["rows"], CHANNELS=config["channels"], num_warps=config["num_warps"])
+    return dx

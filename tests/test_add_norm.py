@@ -1,9 +1,43 @@
+import os
+
 import numpy as np
 import pytest
 import torch
-from oracles import check_operator
+from hypothesis import strategies as st
+from kernel_checks import ARCHS, SHARED, compile_launch, explore, layout, record
+from oracles import check_operator, within_twice
 
 from vitprune import ops
+from vitprune.ops import backend
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = [pytest.param("cpu", marks=[pytest.mark.interpreter, pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")]),
+           pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU"))]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    """Uninitialised memory is NaN, so a value that a kernel forgot to write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _round(monkeypatch):
+    """The interpreter cuts float32 off to bfloat16; cards round to nearest, and so does it here."""
+    if INTERPRETED:
+        import triton.language as tl
+        from triton.runtime import interpreter
+        cast = interpreter.InterpreterBuilder.cast_impl
+
+        def rounded(self, src, kind):
+            if src.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
+                bits = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
+                return interpreter.TensorHandle(bits, kind.scalar)
+            return cast(self, src, kind)
+        monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
 
 
 @pytest.mark.parametrize("scaled", [True, False])
@@ -26,3 +60,138 @@ def test_registered():
     op = torch.ops.vitprune.add_norm.default
     check_operator(op, [x, r, weight, bias, gamma, 1e-5, "reference"], (0, 1, 2, 3, 4))
     check_operator(op, [x, r, weight, None, None, 1e-5, "reference"], (0, 1, 2))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_with_dynamic_channels(dynamic):
+    compiled = torch.compile(lambda x, w: ops.add_norm(x, x, w, None, 1e-6)[1], fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for C in (8, 16, 40):
+        x, w = torch.randn(2, 3, C), torch.ones(C)
+        torch.testing.assert_close(compiled(x, w), ops.add_norm(x, x, w, None, 1e-6)[1])
+
+
+def run(name, tensors, ups, eps, convert=lambda t: t):
+    """Outputs and every gradient of a backend, on converted copies of (x, residual, weight, bias or None, gamma or None)."""
+    leaves = [t if t is None else convert(t).detach().requires_grad_() for t in tensors]
+    with backend(name):
+        out = ops.add_norm(*leaves[:4], eps, gamma=leaves[4])
+    return *out, *torch.autograd.grad(out, [t for t in leaves if t is not None], [convert(u) for u in ups])
+
+
+@st.composite
+def cases(draw, real: bool):
+    shape = (draw(st.integers(1, 2)), draw(st.integers(64, 260)), draw(st.sampled_from((192, 384)))) if real else (
+        draw(st.integers(1, 4)), draw(st.integers(1, 32)), draw(st.sampled_from((48, 64, 100, 192, 257))))
+    return {"shape": shape, "dtype": draw(st.sampled_from(DTYPES)), "bias": draw(st.booleans()), "gamma": draw(st.booleans()),
+            "eps": draw(st.sampled_from((1e-6, 1e-5, 1e-2))), "real": real, "seed": draw(st.integers(0, 2 ** 32 - 1))}
+
+
+def describe(case):
+    return [str(case["dtype"]), f"C={case['shape'][2]}", *(k for k in ("bias", "gamma", "real") if case[k])]
+
+
+def tensors_of(case, device):
+    rng = np.random.default_rng(case["seed"])
+
+    def random(*shape, vary=True):
+        t = torch.from_numpy(rng.standard_normal(shape)).to(device, case["dtype"])
+        return layout(t, rng) if vary else t
+    shape, C = case["shape"], case["shape"][2]
+    vectors = [random(C, vary=False) if on else None for on in (True, case["bias"], case["gamma"])]
+    return [random(*shape), random(*shape), *vectors], [random(*shape), random(*shape)]
+
+
+def check(case, device, lucky):
+    tensors, ups = tensors_of(case, device)
+    got, plain = (run(name, tensors, ups, case["eps"]) for name in ("triton", "reference"))
+    truth = run("reference", tensors, ups, case["eps"], torch.Tensor.double)
+    for a, b, c in zip(got, plain, truth):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        try:
+            within_twice(a, b, c)
+        except AssertionError:  # of a few values the reference may round every one luckily: count on no less than rounding can cost
+            lucky.append(case)
+            half = c.abs().max().log2().floor().exp2() * torch.finfo(b.dtype).eps / 2
+            within_twice(a, c + half, c)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton(device, count):
+    lucky = []
+    explore(lambda case: check(case, device, lucky), cases(False), cases(True), count, describe)
+    print("cases where the reference erred by less than half of what rounding alone may cost:", len(lucky))
+    assert len(lucky) <= count // 20
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton_edges(device):
+    """Sizes at and around tiles, empty ones included; constant rows; a bad row that stays alone."""
+    torch.manual_seed(0)
+    for shape in [(0, 5, 8), (2, 0, 8), (2, 3, 0), (1,), (3, 1), (16, 2), (1, 15, 16), (2, 17, 17), (1, 2, 768), (1, 1, 1025), (1, 2, 4096),
+                  (2, 1, 3, 64), (8,), (257, 1, 3)]:
+        C = shape[-1]
+        tensors = [torch.randn(s, device=device) for s in (shape, shape, C, C, C)]
+        ups = [torch.randn(shape, device=device) for _ in range(2)]
+        got = run("triton", tensors, ups, 1e-2)
+        for a, b in zip(got, run("reference", tensors, ups, 1e-2, torch.Tensor.double)):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+    constant = torch.ones(4, 8, device=device)
+    for out in run("triton", [constant, constant, constant[0], None, None], [constant, constant], 1e-6)[1:]:
+        assert out.isfinite().all()
+    spoilt = torch.randn(5, 8, device=device)
+    spoilt[2] = float("nan")
+    with backend("triton"):
+        y = ops.add_norm(spoilt, constant[:1].expand(5, 8), constant[0], None, 1e-6)[1]
+    assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton_mixed_dtypes_and_refusals(device):
+    x, r, w = torch.randn(2, 5, 16, device=device).half(), torch.randn(2, 5, 16, device=device), torch.randn(16, device=device)
+    got, plain = (run(name, [x, r, w, w, w], [r, r], 1e-5) for name in ("triton", "reference"))
+    for a, b in zip(got, plain):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    with backend("triton"):
+        with pytest.raises(RuntimeError, match="no kernel for torch.float64"):
+            ops.add_norm(r.double(), r, w, None, 1e-5)
+        with pytest.raises(RuntimeError, match="more channels than the 4096"):
+            ops.add_norm(r.new_ones(1, 5000), r.new_ones(1, 5000), r.new_ones(5000), None, 1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton_registered_and_deterministic(device):
+    torch.manual_seed(0)
+    tensors = [torch.randn(s, device=device) for s in ((2, 3, 8), (2, 3, 8), 8, 8, 8)]
+    ups = [torch.randn(2, 3, 8, device=device) for _ in range(2)]
+    op = torch.ops.vitprune.add_norm.default
+    torch.library.opcheck(op, tuple(t.clone().requires_grad_() for t in tensors) + (1e-5, "triton"))
+    torch.library.opcheck(op, (*(t.clone().requires_grad_() for t in tensors[:3]), None, None, 1e-5, "triton"))
+    first = run("triton", tensors, ups, 1e-5)
+    for a, b in zip(first, run("triton", tensors, ups, 1e-5)):
+        assert torch.equal(a, b)
+    with backend("triton"):
+        compiled = torch.compile(lambda x, r, w, b, g: ops.add_norm(x, r, w, b, 1e-5, gamma=g), fullgraph=True, backend="aot_eager")
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = compiled(*leaves)
+        for a, b in zip(first, (*out, *torch.autograd.grad(out, leaves, ups))):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the compiler is off under the interpreter")
+@pytest.mark.parametrize("arch", [a if a in (75, 80, 90, 120) else pytest.param(a, marks=pytest.mark.long) for a in ARCHS])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [192, 384, 768, pytest.param(4096, marks=pytest.mark.long)])
+def test_triton_compiles(C, dtype, arch, monkeypatch):
+    pytest.importorskip("triton")
+    from vitprune.kernels import add_norm as kernel
+    monkeypatch.setattr(kernel.configs, "capability", lambda device: arch)
+    x, w = torch.empty(8, 197, C, dtype=dtype), torch.empty(C, dtype=dtype)
+    launches = record(monkeypatch, kernel, lambda: (kernel.launch(x, x, w, w, w, 1e-6), kernel.launch_backward(x, x, x, x, w, w, 1e-6)))
+    assert len(launches) == 3
+    for launch in launches:
+        built = compile_launch(*launch, arch)
+        print(C, dtype, arch, launch[0].__name__, built["registers"], built["spills"], built["shared"])
+        assert built["spills"] == 0
+        assert built["shared"] <= SHARED[arch]

@@ -18,7 +18,9 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, e
     residual.shape == x.shape or fail(OP, "residual", f"like x, {tuple(x.shape)}", residual.shape)
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
         t is None or t.shape == x.shape[-1:] or fail(OP, name, f"[C] = {tuple(x.shape[-1:])}", t if t is None else t.shape)
-    return call(OP, choose(OP, x.device, x.dtype), x, residual, weight, bias, gamma, eps)
+    # A branch on the size, not the size: a graph traced with dynamic sizes needs constants to choose by.
+    facts = {"residual": residual.dtype, "weight": weight.dtype, "wide": True if x.shape[-1] > 4096 else False}
+    return call(OP, choose(OP, x.device, x.dtype, **facts), x, residual, weight, bias, gamma, eps)
 
 
 def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None,
@@ -30,6 +32,9 @@ def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, 
 
 def _backward(ds, dy, s, residual, weight, gamma, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, residual, weight, bias, gamma; the row statistics are recomputed in the accumulator's precision."""
+    if backend == "triton":
+        from ..kernels import add_norm as triton
+        return triton.launch_backward(ds, dy, s, residual, weight, gamma, eps)
     dtype = torch.promote_types(s.dtype, torch.float32)
     wide = s.to(dtype)
     variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
@@ -72,4 +77,20 @@ define(OP + "_backward", "(Tensor ds, Tensor dy, Tensor s, Tensor residual, Tens
            torch.empty(s.shape, dtype=s.dtype, device=s.device), torch.empty(s.shape, dtype=residual.dtype, device=s.device),
            *(torch.empty(weight.shape, dtype=weight.dtype, device=s.device) for _ in range(3))), macs=lambda *_: 0)
 gradient(OP, _gradient, _setup)
-serve(OP, Backend("reference", reference, composite=True))
+
+
+def _triton(*args):  # Triton is slow to import: only when it is asked for
+    from ..kernels import add_norm as triton
+    return triton.launch(*args)
+
+
+def _triton_refuses(device, dtype, **facts) -> str | None:
+    from .. import kernels
+    if reason := kernels.reason(device):
+        return reason
+    from ..kernels import add_norm as triton
+    return triton.refuses(device, dtype, **facts)
+
+
+# On a GPU nothing has been measured, so PyTorch's own calls come first.
+serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))

@@ -96,5 +96,26 @@ define(INVERSE, "(Tensor rows, Tensor cu_seqlens, Tensor keep, float fill, str b
        lambda rows, cu_seqlens, keep, fill, backend: rows.new_empty(*keep.shape, rows.shape[1]), macs=lambda *_: 0)
 gradient(OP, _gradient, _setup)
 gradient(INVERSE, _expand_gradient, _expand_setup)
-serve(OP, Backend("reference", reference, composite=True))
-serve(INVERSE, Backend("reference", expand_reference, composite=True))
+
+
+def _triton(*args):  # Triton is slow to import: only when it is asked for
+    from ..kernels import compact_tokens as triton
+    return triton.launch(*args)
+
+
+def _triton_expand(*args):
+    from ..kernels import compact_tokens as triton
+    return triton.launch_expand(*args)
+
+
+def _triton_refuses(device, dtype, **facts) -> str | None:
+    from .. import kernels
+    if reason := kernels.reason(device):
+        return reason
+    from ..kernels import compact_tokens as triton
+    return triton.refuses(device, dtype, **facts)
+
+
+# On a GPU nothing has been measured, so PyTorch's own calls come first.
+serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))
+serve(INVERSE, Backend("reference", expand_reference, composite=True), Backend("triton", _triton_expand, refuses=_triton_refuses))

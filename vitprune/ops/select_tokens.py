@@ -48,7 +48,7 @@ def _forward(x, scores, k: int, prefix: int, backend: str) -> tuple[Tensor, Tens
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, _, _, ctx.prefix, _ = inputs
+    x, _, _, ctx.prefix, ctx.backend = inputs
     ctx.shape = x.shape
     ctx.save_for_backward(output[1])
     ctx.mark_non_differentiable(output[1])
@@ -56,6 +56,8 @@ def _setup(ctx, inputs, output) -> None:
 
 def _gradient(ctx, dtokens, _):
     ids, = ctx.saved_tensors
+    if ctx.backend == "triton":
+        return torch.ops.vitprune.select_tokens_backward(dtokens, ids, ctx.prefix, ctx.shape[1]), None, None, None, None
     B, _, C = ctx.shape
     index = torch.cat([torch.arange(ctx.prefix, device=ids.device).expand(B, -1), ids + ctx.prefix], dim=1)
     dx = dtokens.new_zeros(ctx.shape).scatter(1, index[:, :, None].expand(-1, -1, C), dtokens)
@@ -74,6 +76,11 @@ def _triton(*args):  # Triton is slow to import: only when it is asked for
     return triton.launch(*args)
 
 
+def _triton_backward(*args):
+    from ..kernels import select_tokens as triton
+    return triton.launch_backward(*args)
+
+
 def _triton_refuses(device, dtype, **facts) -> str | None:
     from .. import kernels
     if reason := kernels.reason(device):
@@ -81,6 +88,9 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
     from ..kernels import select_tokens as triton
     return triton.refuses(device, dtype, **facts)
 
+
+define(OP + "_backward", "(Tensor dtokens, Tensor ids, int prefix, SymInt tokens) -> Tensor", _triton_backward,
+       lambda dtokens, ids, prefix, tokens: dtokens.new_empty(dtokens.shape[0], tokens, dtokens.shape[2]), macs=lambda *_: 0)
 
 # C++ is the fastest measured on CPUs; on a GPU nothing has been measured, so PyTorch's own calls come first.
 serve(OP, Backend("cpp", native.select_tokens_cpp, refuses=native.refuses_cpp),

@@ -1,0 +1,191 @@
+"""Residual add and LayerNorm of whole rows held in registers; the gradient without atomics."""
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+
+OP = "add_norm"
+MAX_CHANNELS = 4096  # a program holds whole rows in registers
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def _statistics(s, inside, eps, C: tl.constexpr):
+    """Normalised rows (0 outside) and 1 / standard deviation, in two passes over registers."""
+    centred = tl.where(inside, s - (tl.sum(s, 1) / C)[:, None], 0.0)
+    rstd = (1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps))[:, None]
+    return tl.where(inside, centred * rstd, 0.0), rstd
+
+
+@triton.jit(do_not_specialize=["R", "N"])
+def add_norm_kernel(
+    x, residual, weight, bias, gamma, s, y,
+    R, N, x_batch, x_row, residual_batch, residual_row, eps,
+    C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):
+    """grid (tiles of ROWS rows); x and residual are [R / N, N, C]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, CHANNELS)
+    b, n = (row // N)[:, None], (row % N)[:, None]
+    lane = channel < C
+    inside = (row < R)[:, None] & lane[None, :]
+    added = tl.load(residual + b * residual_batch + n * residual_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+    if gamma is not None:
+        added *= tl.load(gamma + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
+    total = tl.load(x + b * x_batch + n * x_row + channel[None, :], mask=inside, other=0.0).to(tl.float32) + added
+    total = total.to(s.dtype.element_ty)  # the norm is that of the sum returned: the gradient sees the same one
+    out = row[:, None] * C + channel[None, :]
+    tl.store(s + out, total, mask=inside)
+    normal, _ = _statistics(total.to(tl.float32), inside, eps, C)
+    normal *= tl.load(weight + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        normal += tl.load(bias + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + out, normal.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["R", "N", "P"])
+def add_norm_backward_kernel(
+    ds, dy, s, residual, weight, gamma, dx, dresidual, partial,
+    R, N, P, ds_batch, ds_row, dy_batch, dy_row, s_batch, s_row, residual_batch, residual_row, eps,
+    C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):
+    """grid (P): every P-th tile of ROWS rows; partial [3, P, C] takes its sums for weight, bias and gamma."""
+    channel = tl.arange(0, CHANNELS)
+    lane = channel < C
+    w = tl.load(weight + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
+    if gamma is not None:
+        g = tl.load(gamma + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros((ROWS, CHANNELS), tl.float32)
+    dbias = tl.zeros((ROWS, CHANNELS), tl.float32)
+    dgamma = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for start in range(tl.program_id(0) * ROWS, R, P * ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        b, n = (row // N)[:, None], (row % N)[:, None]
+        inside = (row < R)[:, None] & lane[None, :]
+        total = tl.load(s + b * s_batch + n * s_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(dy + b * dy_batch + n * dy_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        passed = tl.load(ds + b * ds_batch + n * ds_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
+        normal, rstd = _statistics(total, inside, eps, C)
+        dn = up * w
+        dn = dn - (tl.sum(dn, 1) / C)[:, None] - normal * (tl.sum(dn * normal, 1) / C)[:, None]
+        grad = dn * rstd + passed
+        dweight += up * normal
+        dbias += up
+        out = row[:, None] * C + channel[None, :]
+        tl.store(dx + out, grad.to(dx.dtype.element_ty), mask=inside)
+        if gamma is not None:
+            added = tl.load(residual + b * residual_batch + n * residual_row + channel[None, :], mask=inside, other=0.0)
+            dgamma += tl.where(inside, grad * added.to(tl.float32), 0.0)
+            grad *= g
+        tl.store(dresidual + out, grad.to(dresidual.dtype.element_ty), mask=inside)
+    out = partial + tl.program_id(0).to(tl.int64) * C + channel
+    vector = P.to(tl.int64) * C
+    tl.store(out, tl.sum(dweight, 0), mask=lane)
+    tl.store(out + vector, tl.sum(dbias, 0), mask=lane)
+    tl.store(out + 2 * vector, tl.sum(dgamma, 0), mask=lane)
+
+
+@triton.jit(do_not_specialize=["P"])
+def sum_partials_kernel(partial, dweight, dbias, dgamma, P, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """grid (tiles of channels, 3): the sums over the programs, always in the same order."""
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    kind = tl.program_id(1)
+    total = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for start in range(0, P, ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < P)[:, None] & (channel < C)[None, :]
+        total += tl.load(partial + (kind * P + row).to(tl.int64)[:, None] * C + channel[None, :], mask=inside, other=0.0)
+    value = tl.sum(total, 0).to(dweight.dtype.element_ty)
+    if kind == 0:
+        tl.store(dweight + channel, value, mask=channel < C)
+    elif kind == 1:
+        tl.store(dbias + channel, value, mask=channel < C)
+    else:
+        tl.store(dgamma + channel, value, mask=channel < C)
+
+
+def default(dtype: torch.dtype, arch: int, *, C: int, R: int = 0) -> dict:
+    """rows: of a program at a time; programs: at most so many in the gradient, each with a partial sum to write and to read."""
+    width = triton.next_power_of_2(C)
+    elements = 1024 if arch < 80 else 2048
+    return {"rows": max(1, elements // width), "num_warps": 8 if width > elements else 4, "backward_rows": max(1, elements // width),
+            "backward_warps": 16 if width > 2048 else 8, "programs": 512}
+
+
+def candidates(dtype: torch.dtype, arch: int, *, C: int, R: int = 0) -> list[dict]:
+    """What is worth timing, the default first."""
+    first, width = default(dtype, arch, C=C, R=R), triton.next_power_of_2(C)
+    found = [first | {"rows": max(1, elements // width), "num_warps": warps}
+             for elements, warps in ((1024, 2), (1024, 4), (4096, 4), (4096, 8))]
+    found += [first | {"backward_rows": max(1, elements // width), "programs": programs, "backward_warps": warps}
+              for elements, programs, warps in ((1024, 1024, 4), (2048, 256, 8), (4096, 256, 8), (4096, 512, 16))]
+    return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
+
+
+def refuses(device: torch.device, dtype: torch.dtype, *, residual: torch.dtype = torch.float32, weight: torch.dtype = torch.float32,
+            wide: bool = False, **_) -> str | None:
+    """Why `launch` cannot serve, or None. dtype: of x; residual, weight: their dtypes; wide: C > MAX_CHANNELS."""
+    for kind in (dtype, residual, weight):
+        if kind not in DTYPES:
+            return f"no kernel for {kind}"
+    return f"more channels than the {MAX_CHANNELS} that a program can hold" if wide else None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[batch, rows, C] with channels side by side; a copy only where strides do not allow it."""
+    t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return t.reshape(-1, *t.shape[-2:]) if t.dim() > 1 else t[None, None]
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _config(s: Tensor, R: int, C: int) -> dict:
+    arch = configs.capability(s.device)
+    return configs.nearest(OP, arch, s.dtype, (("R", R), ("C", C))) or default(s.dtype, arch, C=C, R=R)
+
+
+def launch(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None, eps: float,
+           config: dict | None = None) -> tuple[Tensor, Tensor]:
+    """`vitprune.ops.add_norm`; both outputs have the dtype of the sum."""
+    dtype = torch.result_type(x, residual)
+    s = torch.empty(x.shape, dtype=dtype if gamma is None else torch.promote_types(dtype, gamma.dtype), device=x.device)
+    y = torch.empty_like(s)
+    if s.numel() == 0:
+        return s, y
+    C, R = x.shape[-1], s.numel() // x.shape[-1]
+    config = config or _config(s, R, C)
+    x, residual = _rows(x), _rows(residual)
+    vectors = [t if t is None else t.contiguous() for t in (weight, bias, gamma)]
+    with _on(s.device):
+        add_norm_kernel[(triton.cdiv(R, config["rows"]),)](
+            x, residual, *vectors, s, y, R, x.shape[1], *x.stride()[:2], *residual.stride()[:2], eps,
+            C=C, ROWS=config["rows"], CHANNELS=triton.next_power_of_2(C), num_warps=config["num_warps"])
+    return s, y
+
+
+def launch_backward(ds: Tensor, dy: Tensor, s: Tensor, residual: Tensor, weight: Tensor, gamma: Tensor | None, eps: float,
+                    config: dict | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (in the dtype of s), residual, weight, bias and gamma (0 without one)."""
+    dx, dresidual = (torch.empty(s.shape, dtype=t.dtype, device=s.device) for t in (s, residual))
+    if s.numel() == 0:
+        return dx, dresidual, *(torch.zeros(weight.shape, dtype=weight.dtype, device=s.device) for _ in range(3))
+    vectors = [torch.empty(weight.shape, dtype=weight.dtype, device=s.device) for _ in range(3)]
+    C, R = s.shape[-1], s.numel() // s.shape[-1]
+    config = config or _config(s, R, C)
+    ds, dy, s, residual = (_rows(t) for t in (ds, dy, s, residual))
+    weight, gamma = weight.contiguous(), gamma if gamma is None else gamma.contiguous()
+    programs = min(config["programs"], triton.cdiv(R, config["backward_rows"]))
+    partial = torch.empty(3, programs, C, dtype=torch.float32, device=s.device)
+    with _on(s.device):
+        add_norm_backward_kernel[(programs,)](
+            ds, dy, s, residual, weight, gamma, dx, dresidual, partial, R, s.shape[1], programs,
+            *(stride for t in (ds, dy, s, residual) for stride in t.stride()[:2]), eps,
+            C=C, ROWS=config["backward_rows"], CHANNELS=triton.next_power_of_2(C), num_warps=config["backward_warps"])
+        sum_partials_kernel[(triton.cdiv(C, 32), 3)](partial, *vectors, programs, C, ROWS=64, CHANNELS=32, num_warps=4)
+    return dx, dresidual, *vectors
