@@ -28,8 +28,8 @@ from vitprune.train import TrainConfig, train
 
 OUT = Path(__file__).parent / "results" / "cifar10.json"
 MEAN, STD = 0.473, 0.251
-TOKENS = vitprune.TokenPruning(0.7, at=(2, 3, 4))
-BLOCKS = vitprune.BlockPruning(heads=0.5, hidden=0.5, granularity=16, method="movement", schedule=vitprune.Cubic(0.05, 0.4))
+TOKENS = vitprune.TokenPruning(0.7)
+BLOCKS = vitprune.BlockPruning(heads=0.5, hidden=0.5, granularity=8, method="movement", schedule=vitprune.Cubic(0.05, 0.4))
 PLANS = {  # name: (tokens, blocks)
     "blocks, movement": (None, BLOCKS), "blocks, random": (None, replace(BLOCKS, method="random")),
     "tokens 0.7": (TOKENS, None), "tokens 0.7, random": (replace(TOKENS, score="random"), None),
@@ -135,6 +135,8 @@ def main() -> None:
                 fit(name, seed, small, o.epochs + o.tune, dense_config, warm=1)
                 continue
             tokens, blocks = PLANS[name]
+            if tokens is not None:
+                tokens = replace(tokens, at=(o.depth // 2 - 1, o.depth // 2, o.depth // 2 + 1))
             torch.manual_seed(seed)
             model = vitprune.prune(dense, tokens=tokens, blocks=None if blocks is None else replace(blocks, seed=seed))
             scale = 1.0 if tokens is None or tokens.score != "predictor" else 0.25
