@@ -11,7 +11,7 @@ demo: .venv/demo.stamp
 # Triton's interpreter is switched on for a whole process, so its tests run in one of their own.
 test: .venv/test.stamp
 	$(BIN)/python -m pytest -m "not long and not interpreter"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not long"
 
 test-long: .venv/test.stamp
 	$(BIN)/python -m pytest -m "not interpreter"

@@ -1,4 +1,5 @@
 """What the tests of every kernel share: random cases, memory layouts, and compilation for cards that are not here."""
+import os
 import re
 import subprocess
 import tempfile
@@ -6,9 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = [pytest.param("cpu", marks=[pytest.mark.interpreter, pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")]),
+           pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU"))]
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may have
 

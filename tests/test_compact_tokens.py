@@ -1,27 +1,16 @@
-import os
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, SHARED, compile_launch, explore, layout, record
+from kernel_checks import ARCHS, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
 from oracles import check_operator
 
 from vitprune import ops
 from vitprune.ops import backend
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = [pytest.param("cpu", marks=[pytest.mark.interpreter, pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")]),
-           pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU"))]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """Uninitialised memory is NaN, so a value that a kernel forgot to write shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 @pytest.mark.parametrize("shape", [(3, 6, 4), (1, 1, 1), (0, 5, 2), (2, 0, 3), (4, 7, 0)])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import ARCHS, SHARED, compile_launch, record
+from kernel_checks import ARCHS, INTERPRETED, SHARED, compile_launch, record
 from oracles import check_operator
 from select_tokens_cases import case, check
 
@@ -16,8 +16,8 @@ from vitprune.ops import backend, registry, select_tokens
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def forced(name):
@@ -25,14 +25,6 @@ def forced(name):
         with backend(name), torch.inference_mode():
             return select_tokens(x, scores, k, prefix=prefix)
     return run
-
-
-@pytest.fixture(autouse=True)
-def _poison():
-    """Uninitialised memory is NaN, so a value that a kernel forgot to write shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", ["reference", "cpp"])
