@@ -8,7 +8,6 @@ from torch import Tensor
 
 # Output rows and channels a program copies at a time; pairs of scores it compares at a time.
 CONFIG = {"rows": 8, "channels": 256, "pairs": 4096, "num_warps": 4}
-MAX_PATCHES = 4096  # a program holds every score of an image in registers
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -88,13 +87,13 @@ def select_tokens_backward_kernel(
         tl.store(dx + (b * (P + N) + row.to(tl.int64))[:, None] * C + channel[None, :], value, mask=mask)
 
 
-def refuses(device: torch.device, dtype: torch.dtype, *, scores: torch.dtype = torch.float32, patches: int = 0,
+def refuses(device: torch.device, dtype: torch.dtype, *, scores: torch.dtype = torch.float32, many: bool = False,
             **_) -> str | None:
-    """Why `launch` cannot serve, or None. dtype: of x, any; scores: the dtype of the scores; patches: N."""
+    """Why `launch` cannot serve, or None. dtype: of x, any; scores: the dtype of the scores; many: whether N > 4096."""
     if scores not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return f"no kernel for scores of {scores}"
-    if patches > MAX_PATCHES:
-        return f"{patches} patches are more than the {MAX_PATCHES} whose scores a program can hold"
+    if many:
+        return "more than the 4,096 patches whose scores a program can hold"
     return None
 
 

@@ -44,8 +44,10 @@ def test_registered(name):
     x, scores = torch.randn(2, 6, 3, dtype=torch.float64), torch.randn(2, 5)
     check_operator(torch.ops.vitprune.select_tokens.default, [x, scores, 3, 1, name], (0,))
     with backend(name):
-        compiled = torch.compile(lambda x: select_tokens(x, scores, 3)[0], fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(x), select_tokens(x, scores, 3)[0])
+        compiled = torch.compile(lambda x, scores: select_tokens(x, scores, 3)[0], fullgraph=True, backend="aot_eager")
+        for N in (5, 8, 50):  # the second size is traced as a symbol
+            x, scores = torch.randn(2, N + 1, 3), torch.randn(2, N)
+            assert torch.equal(compiled(x, scores), select_tokens(x, scores, 3)[0])
 
 
 @pytest.mark.parametrize("device", [ON_GPU])

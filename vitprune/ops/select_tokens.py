@@ -27,7 +27,8 @@ def select_tokens(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1) -> tupl
     scores.dtype.is_floating_point or fail(OP, "scores", "floating point", scores.dtype)
     scores.device == x.device or fail(OP, "scores", f"on x's device {x.device}", scores.device)
     (isinstance(k, int) and not isinstance(k, bool) and 0 <= k <= N) or fail(OP, "k", f"an int in 0..{N}", k)
-    return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype, patches=N), x, scores, k, prefix)
+    many = True if N > 4096 else False  # a branch on the size, not the size: what a graph chooses by must be constant
+    return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype, many=many), x, scores, k, prefix)
 
 
 def reference(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor]:
