@@ -29,7 +29,7 @@ from vitprune.train import TrainConfig, train
 OUT = Path(__file__).parent / "results" / "cifar10.json"
 MEAN, STD = 0.473, 0.251
 TOKENS = vitprune.TokenPruning(0.7)
-BLOCKS = vitprune.BlockPruning(heads=0.5, hidden=0.5, granularity=8, method="movement", schedule=vitprune.Cubic(0.05, 0.4))
+BLOCKS = vitprune.BlockPruning(budget=0.5, granularity=8, method="movement", schedule=vitprune.Cubic(0.1, 0.6))
 PLANS = {  # name: (tokens, blocks)
     "blocks, movement": (None, BLOCKS), "blocks, random": (None, replace(BLOCKS, method="random")),
     "tokens 0.7": (TOKENS, None), "tokens 0.7, random": (replace(TOKENS, score="random"), None),

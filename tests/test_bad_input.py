@@ -112,6 +112,10 @@ PRUNING = {
     "BlockPruning: heads must be in [0, 1], got 1.5": lambda: BlockPruning(heads=1.5),
     "BlockPruning: hidden must be in [0, 1], got -0.1": lambda: BlockPruning(hidden=-0.1),
     "BlockPruning: method must be one of": lambda: BlockPruning(method="l0"),
+    "BlockPruning: start must be None, 'sensitivity' or 'zero', got 'one'": lambda: BlockPruning(method="movement", start="one"),
+    "BlockPruning: start must be None for method='random', got 'zero'": lambda: BlockPruning(method="random", start="zero"),
+    "BlockPruning: start must be None or 'zero' with a threshold, got 'sensitivity'":
+        lambda: BlockPruning(method="movement", threshold=0.5, start="sensitivity"),
     "BlockPruning: granularity must be an int >= 1, got 0": lambda: BlockPruning(granularity=0),
     "BlockPruning: budget must be None or in (0, 1], got 0": lambda: BlockPruning(budget=0),
     "BlockPruning: budget must be None where heads or hidden are given, got 0.5": lambda: BlockPruning(0.5, budget=0.5),

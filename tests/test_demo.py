@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 import statistics
 import sys
@@ -31,7 +32,8 @@ def test_every_model_is_trained_counted_and_evaluated(run):
     assert rows[0]["top1"] > 20  # chance is 10
     macs = {row["name"]: row["macs"] for row in rows}
     assert macs["both in tandem"] < min(macs["tokens"], macs["blocks"]) <= max(macs["tokens"], macs["blocks"]) < macs["dense"]
-    assert macs["blocks"] == macs["random blocks"]
+    head = 17 * 4 * 64 * 16 + 2 * 17 * 17 * 16  # the dearest unit: what a budget may miss
+    assert all(abs(macs["dense"] / 2 - macs[name]) < head for name in ("blocks", "random blocks"))
     assert macs["random tokens"] < macs["tokens"] and macs[demo.RANDOM] < macs[demo.LEARNED]  # a control has no predictors
 
 
@@ -41,9 +43,11 @@ def test_parameters_are_those_of_the_closed_form(run):
     predictor = 2 * C + (C * C + C) + (C * C // 2 + C // 2) + (C * C // 8 + C // 4) + (C // 2 + 2)
     attention, mlp = 4 * C * C + 4 * C, 8 * C * C + 5 * C
     dense = depth * (attention + mlp + 4 * C) + (4 * C + C) + C + 17 * C + 2 * C + 10 * (C + 1)
-    gone = depth * (2 * C * C + 3 * C // 2 + 4 * C * C + 2 * C)  # half of the heads and of the hidden units
     assert params["dense"] == dense and params["tokens"] == dense + 3 * predictor and params[demo.LEARNED] == dense + predictor
-    assert params["blocks"] == params["random blocks"] == dense - gone and params["both in tandem"] == dense - gone + 3 * predictor
+    head, hidden = 16 * (4 * C + 3), 16 * (2 * C + 1)  # what leaves with one of each
+    for name, extra in (("blocks", 0), ("random blocks", 0), ("both in tandem", 3 * predictor)):
+        gone = dense + extra - params[name]
+        assert any((gone - heads * head) % hidden == 0 and 0 < gone - heads * head < 16 * depth * hidden for heads in range(3 * depth + 1))
     assert params["random tokens"] == params[demo.RANDOM] == dense
 
 
@@ -116,6 +120,9 @@ def test_three_seeds_reach_their_targets():
     assert top1["tokens"] >= top1["dense"] - 1
     assert top1["blocks"] >= top1["dense"] - 2
     assert top1["both in tandem"] >= top1["dense"] - 3
+    of = {name: [row["top1"] for rows in runs for row in rows if row["name"] == name] for name in ("blocks", "random blocks")}
+    error = math.sqrt(sum(statistics.variance(values) / len(runs) for values in of.values()))
+    assert top1["blocks"] - top1["random blocks"] > 2 * error, of
     for rows in runs:
         shown = demo.learning_shows(rows)
         assert shown["difference"] > 2 * shown["standard_error"], shown

@@ -146,6 +146,34 @@ def test_penalty_by_hand():
     assert learned.penalty(model, 0.5).item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_scores_start_from_the_mean_square_of_their_gradients():
+    """Against gradients taken by hand; what is not finite counts nothing, and nothing is gathered once units leave."""
+    model, squares = learner(schedule=Cubic(0.2, 0.2)), None
+    for step in range(3):
+        model.zero_grad()
+        model(images()[step:step + 2]).square().sum().backward()
+        grads = [gate.score.grad.clone() for gate in learned.gates(model)]
+        if step == 1:
+            learned.gates(model)[0].score.grad[2], grads[0][2] = float("inf"), 0
+        squares = [g ** 2 + (0 if squares is None else old) for g, old in zip(grads, squares or grads)]
+        learned.observe(model, 0.1 * step)
+    mean = torch.cat([s.flatten() for s in squares]).mean()
+    for gate, square in zip(learned.gates(model), squares):
+        torch.testing.assert_close(gate.score.detach(), square / mean, rtol=1e-5, atol=0)
+    before = [gate.score.detach().clone() for gate in learned.gates(model)]
+    learned.observe(model, 0.3)
+    assert all(torch.equal(gate.score, b) for gate, b in zip(learned.gates(model), before))
+
+
+@pytest.mark.parametrize("kwargs", [{"start": "zero"}, {"heads": 1.0, "hidden": 1.0, "threshold": 0.5}, {"method": "gates"}])
+def test_scores_that_start_from_a_constant(kwargs):
+    model = learner(**kwargs)
+    before = learned.gates(model)[0].score.detach().clone()
+    model(images()).square().sum().backward()
+    learned.observe(model, 0.0)
+    assert torch.equal(learned.gates(model)[0].score, before)
+
+
 def test_threshold_lowers_scores_until_units_leave():
     model = train_a_little(learner(heads=1.0, hidden=1.0, threshold=0.5, regulariser=50.0), steps=30)
     live = vitprune.compact(model)

@@ -36,6 +36,8 @@ class BlockPruning:
     budget: instead of fractions, one global fraction of the model's multiply-accumulates (those of its images' token
         schedule): the units with the lowest score per multiply-accumulate leave, wherever they are, one of each kind
         staying in every layer.
+    start: of movement's scores: "sensitivity" of the loss to each unit, gathered while nothing is pruned (the default but with
+        a threshold), or "zero" as in nn_pruning.
     threshold: movement instead of fractions: units stay whose sigmoid(score) exceeds it; the regulariser lowers scores.
     schedule, regulariser: of learned scores; see Cubic and `learned.penalty`.
 
@@ -48,6 +50,7 @@ class BlockPruning:
     head_dim: float = 1.0
     budget: float | None = None
     seed: int = 0
+    start: str | None = None
     threshold: float | None = None
     schedule: Cubic = Cubic()
     regulariser: float = 0.0
@@ -68,6 +71,9 @@ class BlockPruning:
             _require(all(0 <= f <= 1 for f in ([value] if is_number(value) else value)), name, "in [0, 1]", value)
         _require(self.method in METHODS, "method", f"one of {METHODS}", self.method)
         _require(isinstance(self.granularity, int) and self.granularity >= 1, "granularity", "an int >= 1", repr(self.granularity))
+        _require(self.start in (None, "sensitivity", "zero"), "start", "None, 'sensitivity' or 'zero'", repr(self.start))
+        _require(self.start is None or self.method == "movement", "start", f"None for method={self.method!r}", repr(self.start))
+        _require(self.start != "sensitivity" or self.threshold is None, "start", "None or 'zero' with a threshold", repr(self.start))
         _require(is_number(self.head_dim) and 0 < self.head_dim <= 1, "head_dim", "in (0, 1]", self.head_dim)
         _require(self.budget is None or is_number(self.budget), "budget", "None or a number", repr(self.budget))
         _require(self.budget is None or 0 < self.budget <= 1, "budget", "None or in (0, 1]", self.budget)
@@ -86,6 +92,11 @@ class BlockPruning:
     def learned(self) -> bool:
         """Whether the choice is made while the model trains."""
         return self.method in ("movement", "gates")
+
+    @property
+    def starts_sensitive(self) -> bool:
+        """Whether scores start from the sensitivity gathered while nothing is pruned."""
+        return self.method == "movement" and self.threshold is None and self.start != "zero"
 
     def apply(self, model: PrunedViT) -> None:
         """Choose and set the live units of every layer, in place; or, where they are learned, begin to."""

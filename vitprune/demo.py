@@ -33,7 +33,7 @@ class Recipe:
                                      backbone_frozen_epochs=0, train_embeddings=True)
     tokens: TrainConfig = TrainConfig(epochs=15, batch_size=64, lr=5e-3, warmup_epochs=1, backbone_lr_scale=0.15,
                                       backbone_frozen_epochs=0, train_embeddings=True, ratio_weight=20.0)
-    blocks: TrainConfig = TrainConfig(epochs=15, batch_size=64, lr=2e-3, warmup_epochs=1, backbone_lr_scale=1.0,
+    blocks: TrainConfig = TrainConfig(epochs=4, batch_size=64, lr=2e-3, warmup_epochs=0, backbone_lr_scale=1.0,
                                       backbone_frozen_epochs=0, train_embeddings=True)
     both: TrainConfig = TrainConfig(epochs=15, batch_size=64, lr=5e-3, warmup_epochs=1, backbone_lr_scale=0.4,
                                     backbone_frozen_epochs=0, train_embeddings=True, ratio_weight=20.0, ramp_tokens=True)
@@ -41,9 +41,9 @@ class Recipe:
     at: tuple[int, ...] = (2, 3, 4)
     low_keep: tuple[int, ...] = (4,)
     low_at: tuple[int, ...] = (0,)
-    fraction: float = 0.5
+    budget: float = 0.5
     granularity: int = 16
-    schedule: Cubic = Cubic(0.05, 0.7)
+    schedule: Cubic = Cubic(0.15, 0.7)
 
     def epochs(self, epochs: int) -> Recipe:
         """The same recipe with that many epochs for the dense model, and in proportion for the others."""
@@ -118,8 +118,7 @@ def experiment(seed: int, recipe: Recipe, device: str = "cpu",
 def variants(recipe: Recipe, seed: int) -> list[tuple[str, TokenPruning | None, BlockPruning | None]]:
     """(name, tokens, blocks) of every pruned model of the demo."""
     tokens = TokenPruning(recipe.keep, at=recipe.at)
-    blocks = BlockPruning(heads=recipe.fraction, hidden=recipe.fraction, method="movement", granularity=recipe.granularity,
-                          schedule=recipe.schedule, seed=seed)
+    blocks = BlockPruning(budget=recipe.budget, method="movement", granularity=recipe.granularity, schedule=recipe.schedule, seed=seed)
     low = TokenPruning(recipe.low_keep, at=recipe.low_at)
     return [("tokens", tokens, None), ("random tokens", replace(tokens, score="random"), None),
             ("blocks", None, blocks), ("random blocks", None, replace(blocks, method="random")),

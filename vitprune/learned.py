@@ -5,6 +5,9 @@ removing query, key, value and projection of a head together, or rows of fc1 wit
 gradient is the gate's: sum of dL/dW * W over the output columns of the unit (movement pruning: Sanh et al., 2020, eq. 3;
 in blocks: Lagunas et al., 2021), for closed gates too, so that a dead block can come back while the schedule runs. When it
 has ended, training leaves the scores alone: what was chosen is fine-tuned and no longer exchanged.
+
+Where a model is pruned on the task it was trained for, the mean of that gradient is near zero while nothing is pruned, and the
+scores gather noise. They therefore start from its mean square (Molchanov et al., 2019, eq. 8), gathered in the initial warm-up.
 """
 from __future__ import annotations
 
@@ -57,6 +60,7 @@ class Gate(nn.Module):
         self.soft = soft
         self.score = nn.Parameter(torch.full_like(like, float(soft)))
         self.register_buffer("mask", torch.ones_like(like), persistent=False)
+        self.register_buffer("sensitivity", torch.zeros_like(like, dtype=torch.float32))  # sum of squared gradients so far
 
     def forward(self) -> Tensor:
         if self.soft:
@@ -107,6 +111,20 @@ def advance(model: PrunedViT, progress: float) -> None:
         _close(block.mlp.hidden_gate, hidden)
         if dims is not None:
             block.attn.dim_gate.mask.zero_().scatter_(-1, dims.to(block.attn.qkv.weight.device), 1.0)
+
+
+@torch.no_grad()
+def observe(model: PrunedViT, progress: float) -> None:
+    """After a step at `progress` of the training: while nothing is pruned, the scores that start from the sensitivity of the
+    loss to their gates are its mean square so far, in units of its mean over the model. What is not finite counts nothing."""
+    blocks = getattr(model, "learning", None)
+    if blocks is None or not blocks.starts_sensitive or blocks.schedule.fraction(progress) > 0:
+        return
+    for gate in gates(model):
+        gate.sensitivity += gate.score.grad.float().square().nan_to_num(0, 0, 0)
+    mean = torch.cat([gate.sensitivity.flatten() for gate in gates(model)]).mean()
+    for gate in gates(model):
+        gate.score.copy_(gate.sensitivity / mean.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _close(gate: Gate, live: list[int]) -> None:

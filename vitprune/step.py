@@ -139,6 +139,7 @@ class Run:
                                     f"where the loss is {loss.item()}; first non-finite: gradient of {where}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        learned.observe(self.model, progress)
         if self.ema is not None:
             self.ema.update(self.model, step=step)
         for name, value in {"loss": loss, **parts}.items():
