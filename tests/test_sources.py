@@ -10,8 +10,9 @@ import timm
 import torch
 from PIL import Image
 
+import vitprune
 from vitprune.data import DataConfig, Loader, Pictures, create_eval_loader, create_loaders, read_subset, subset_ids, write_subset
-from vitprune.evaluate import evaluate_source
+from vitprune.evaluate import evaluate_source, preprocessing
 from vitprune.sources import class_ids, decode, open_source
 
 SMALL = dict(image_size=16, resize=20, workers=0)
@@ -116,6 +117,21 @@ def test_classes_by_name():
             class_ids(bad, None, "x")
     with pytest.raises(ValueError, match="lacks 'cat'"):
         class_ids(["cat"], {"dog": 0}, "x")
+
+
+@pytest.mark.parametrize("name, resize", [("deit_tiny_patch16_224", 256), ("deit_base_distilled_patch16_384", 384),
+                                          ("vit_tiny_patch16_224", 248), ("vit_small_patch16_384", 384)])
+def test_pictures_are_resized_as_published(name, resize):
+    """DeiT's figures are at 256 (a crop of 0.875), others as timm's configuration says, which rounds down."""
+    model = timm.create_model(name)
+    for m in (model, vitprune.prune(model, tokens=vitprune.TokenPruning(0.7))):
+        assert preprocessing(m, "").resize == resize and preprocessing(m, "", 400).resize == 400
+
+
+def test_every_size_is_the_one_asked_for():
+    """timm takes a share and rounds down: 224 / (224 / 400) is less than 400."""
+    for size in range(224, 500):
+        assert DataConfig(source="", resize=size).transform(False).transforms[0].size == size
 
 
 def test_classes_that_are_not_the_models_are_refused(tmp_path):

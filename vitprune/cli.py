@@ -234,7 +234,7 @@ def _add_eval(parser: ArgumentParser) -> None:
     _add_weights(parser)
     parser.add_argument("--data", type=str, required=True, help="an image folder, parquet:PATH, hf:NAME, stream:NAME or digits")
     parser.add_argument("--split", type=str, default="val", help="of the held-out pictures")
-    parser.add_argument("--resize", type=int, help="of the shorter side before the crop; by default as the model's configuration says")
+    parser.add_argument("--resize", type=int, help="of the shorter side before the crop; by default the model's, 256 for DeiT")
     parser.add_argument("--class-map", type=str, help="JSON file {class name: id}, for names that do not tell their id")
     parser.add_argument("--skip-corrupt", action="store_true", help="leave unreadable pictures out instead of refusing")
     parser.add_argument("--batch-size", type=int, default=64)

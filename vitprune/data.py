@@ -90,7 +90,8 @@ class DataConfig:
         if training and self.scale is not None:
             return create_transform(**common, is_training=True, scale=self.scale, ratio=self.ratio, hflip=self.hflip,
                                     color_jitter=self.color_jitter, auto_augment=self.auto_augment, re_prob=self.reprob)
-        return create_transform(**common, crop_pct=self.image_size / (self.resize or round(self.image_size / 0.875)))
+        resize = self.resize or round(self.image_size / 0.875)
+        return create_transform(**common, crop_pct=self.image_size / (resize + 0.5))  # timm rounds what it divides down
 
 
 class Pictures(IterableDataset):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from timm.data import resolve_data_config
 from torch import Tensor
 
 from . import report
 from .data import DataConfig
+from .evaluate import preprocessing
 from .sources import UNREADABLE, decode
 from .vit import PrunedViT
 
@@ -27,9 +27,7 @@ def show(model: PrunedViT, pictures: Sequence[str | Path], output: str | Path, m
     if pictures and model.tokens is None:
         raise ValueError("show: pictures must be none for a model whose tokens are not pruned")
     if pictures:
-        c = resolve_data_config(model=model)
-        size = c["input_size"][-1]
-        data = DataConfig(source="", image_size=size, resize=round(size / c["crop_pct"]), mean=tuple(c["mean"]), std=tuple(c["std"]))
+        data = preprocessing(model, "")
         images = torch.stack([_read(path, data) for path in pictures])
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (data.mean, data.std))
         kept = report.patches((images * std + mean).clamp(0, 1), model.eval().trace_tokens(images), model.patch_embed.patch_size[0])
