@@ -1,9 +1,15 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
+from kernel_checks import ARCHS, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
 from oracles import attention, check_operator, within_twice
 
 from vitprune import ops
+from vitprune.ops import backend
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def inputs(B=2, H=2, N=5, D=4, dtype=torch.float64):
@@ -85,3 +91,141 @@ def test_registered_form_is_accurate(dtype, eps):
     for got, reference, truth in zip(run(dtype, lambda *t: torch.ops.vitprune.policy_attention(*t, 32 ** -0.5, eps, "reference")[0]),
                                      run(dtype, plain), run(torch.float64, plain)):
         within_twice(got, reference, truth)
+
+
+def run(name, tensors, up, eps, convert=lambda t: t):
+    """Output and every gradient of a backend; "truth": the registered closed form, which holds the row maximum constant as kernels do."""
+    leaves = [convert(t).detach().requires_grad_() for t in tensors]
+    if name == "truth":
+        out = torch.ops.vitprune.policy_attention(*leaves, leaves[0].shape[-1] ** -0.5, eps, "reference")[0]
+    else:
+        with backend(name):
+            out = ops.policy_attention(*leaves, eps=eps)
+    return out, *torch.autograd.grad(out, leaves, convert(up))
+
+
+@st.composite
+def cases(draw, real: bool):
+    if real:
+        B, H, N, D = draw(st.sampled_from(((1, 4), (2, 2), (1, 6)))) + (draw(st.integers(64, 260)), 64)
+    else:
+        B, H, N = draw(st.sampled_from([(b, h, n) for b in (1, 2, 5) for h in (1, 2, 3) for n in (1, 2, 3, 15, 16, 17, 31, 33, 48, 65, 128)
+                                        if b * h * n <= 256]))
+        D = draw(st.sampled_from(range(32, 129, 16)))
+    return {"shape": (B, H, N, D), "dtype": draw(st.sampled_from(DTYPES)), "eps": draw(st.sampled_from((1e-6, 0.0))),
+            "policy": draw(st.sampled_from(("hard", "soft", "ones", "zeros"))), "fused": draw(st.booleans()), "real": real,
+            "seed": draw(st.integers(0, 2 ** 32 - 1))}
+
+
+def describe(case):
+    B, H, N, D = case["shape"]
+    return [str(case["dtype"]), f"D={D}", "N<17" if N < 17 else "N<64" if N < 64 else "N>=64", f"eps={case['eps']}", case["policy"],
+            *(k for k in ("fused", "real") if case[k])]
+
+
+def tensors_of(case, device):
+    rng, (B, H, N, D) = np.random.default_rng(case["seed"]), case["shape"]
+
+    def random(*shape):
+        return torch.from_numpy(rng.standard_normal(shape)).to(device, case["dtype"])
+    if case["fused"]:
+        qkv = random(B, N, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        qkv = [layout(random(B, H, N, D), rng) for _ in range(3)]
+    soft = torch.from_numpy(rng.random((B, N))).to(device, case["dtype"])
+    policy = {"hard": (soft > 0.5).to(soft), "soft": soft, "ones": torch.ones_like(soft), "zeros": torch.zeros_like(soft)}[case["policy"]]
+    return [*qkv, layout(policy, rng)], layout(random(B, H, N, D), rng)
+
+
+def check(case, device):
+    tensors, up = tensors_of(case, device)
+    got, plain = (run(name, tensors, up, case["eps"]) for name in ("triton", "reference"))
+    for a, b, c in zip(got, plain, run("truth", tensors, up, case["eps"], torch.Tensor.double)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        within_twice(a, b, c)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton(device, count):
+    explore(lambda case: check(case, device), cases(False), cases(True), count, describe)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton_long_sequences_and_large_scores(device):
+    torch.manual_seed(0)
+    for N, eps in ((577, 1e-6), (1025, 0.0)):
+        tensors = [*(3 * torch.randn(1, 1, N, 32, device=device) for _ in range(3)), torch.randint(2, (1, N), device=device).float()]
+        up = torch.randn(1, 1, N, 32, device=device)
+        for a, b in zip(run("triton", tensors, up, eps), run("truth", tensors, up, eps, torch.Tensor.double)):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton_keeps_what_is_dropped_apart(device):
+    """eps = 0: NaN, infinities and huge scores of dropped tokens stay in their own rows; a token alone sees itself."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 20, 32, device=device) for _ in range(3))
+    policy = torch.ones(2, 20, device=device)
+    policy[:, 4:9] = 0
+    with backend("triton"):
+        clean = ops.policy_attention(q, k, v, policy, eps=0)
+        q[:, :, 4], k[:, :, 4], v[:, :, 5], v[:, :, 6] = torch.nan, torch.inf, torch.nan, -torch.inf
+        k[:, :, 7] *= 1e5
+        out = ops.policy_attention(q, k, v, policy, eps=0)
+        kept = [i for i in range(20) if i not in range(4, 9)]
+        torch.testing.assert_close(out[:, :, kept], clean[:, :, kept])
+        assert out[:, :, 4:6].isnan().all() and (out[:, :, 6] == -torch.inf).all() and out[:, :, 7:9].isfinite().all()
+        alone = ops.policy_attention(q[:, :, 8:9], k[:, :, 8:9], v[:, :, 8:9], policy[:, 8:9], eps=0)
+        torch.testing.assert_close(alone, v[:, :, 8:9])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+def test_triton_registered_and_deterministic(device, eps):
+    torch.manual_seed(0)
+    tensors = [*(torch.randn(2, 2, 9, 32, device=device) for _ in range(3)), torch.rand(2, 9, device=device)]
+    up = torch.randn(2, 2, 9, 32, device=device)
+    op = torch.ops.vitprune.policy_attention.default
+    torch.library.opcheck(op, (*(t.clone().requires_grad_() for t in tensors), 0.2, eps, "triton"))
+    first = run("triton", tensors, up, eps)
+    with backend("triton"):
+        compiled = torch.compile(lambda *t: ops.policy_attention(*t, eps=eps), fullgraph=True, backend="aot_eager")
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out = compiled(*leaves)
+        for again in (run("triton", tensors, up, eps), (out, *torch.autograd.grad(out, leaves, up))):
+            assert all(torch.equal(a, b) for a, b in zip(first, again))
+        assert compiled(*(t[:, :, :7] for t in tensors[:3]), tensors[3][:, :7]).shape == (2, 2, 7, 32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton_refuses(device):
+    q = torch.randn(1, 1, 4, 8, device=device)
+    with backend("triton"):
+        with pytest.raises(RuntimeError, match="heads of width 8: a multiple of 16 from 16 to 128"):
+            ops.policy_attention(q, q, q, torch.ones(1, 4, device=device))
+        with pytest.raises(RuntimeError, match="no kernel for torch.float64"):
+            ops.policy_attention(*(q.double(),) * 3, torch.ones(1, 4, device=device).double())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the compiler is off under the interpreter")
+@pytest.mark.parametrize("arch", [a if a in (75, 80, 90, 120) else pytest.param(a, marks=pytest.mark.long) for a in ARCHS])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("D", [64, pytest.param(32, marks=pytest.mark.long), 128])
+def test_triton_compiles(D, dtype, arch, monkeypatch):
+    pytest.importorskip("triton")
+    from vitprune.kernels import policy_attention as kernel
+    monkeypatch.setattr(kernel.configs, "capability", lambda device: arch)
+    q, k, v = torch.empty(8, 197, 3, 6, D, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    policy, m = torch.empty(8, 197, dtype=dtype), torch.empty(8, 6, 197)
+    for eps in (1e-6, 0.0):
+        launches = record(monkeypatch, kernel, lambda: (  # noqa: B023
+            kernel.launch(q, k, v, policy, 0.125, eps), kernel.launch_backward(q, q, k, v, policy, q, m, m, 0.125, eps)))  # noqa: B023
+        assert len(launches) == 4
+        for launch in launches:
+            built = compile_launch(*launch, arch)
+            print(D, dtype, arch, eps, launch[0].__name__, built["registers"], built["spills"], built["shared"])
+            assert built["spills"] == 0
+            assert built["shared"] <= SHARED[arch]
+            if arch >= 80 and dtype != torch.float32 and launch[0].__name__ != "delta_kernel":
+                assert "mma.sync" in built["ptx"] or "wgmma" in built["ptx"] or "tcgen05" in built["ptx"]

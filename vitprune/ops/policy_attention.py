@@ -113,6 +113,9 @@ def _forward(q, k, v, policy, scale: float, eps: float, backend: str) -> tuple[T
 
 def _backward(dout, q, k, v, policy, out, m, z, scale: float, eps: float, backend: str) -> tuple[Tensor, ...]:
     """Closed form; m is detached (a change of order eps)."""
+    if backend == "triton":
+        from ..kernels import policy_attention as triton
+        return triton.launch_backward(dout, q, k, v, policy, out, m, z, scale, eps)
     e, pairs, _, _ = _weights(q, k, policy, scale, eps)
     dtype, zp = e.dtype, (z + eps)[..., None]
     a = (e * pairs + eps / q.shape[2]) / zp
@@ -139,19 +142,37 @@ def _gradient(ctx, dout, dm, dz):
     return *grads, None, None, None
 
 
+def _fake(q, k, v, policy, scale, eps, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, N, D = q.shape
+    out = q.new_empty(q.shape) if backend == "reference" else q.new_empty(B, N, H, D).transpose(1, 2)
+    return out, *(q.new_empty(q.shape[:3], dtype=_accumulator(q.dtype)) for _ in range(2))
+
+
+def _triton(*args):  # Triton is slow to import: only when it is asked for
+    from ..kernels import policy_attention as triton
+    return triton.launch(*args)
+
+
+def _triton_refuses(device, dtype, **facts) -> str | None:
+    from .. import kernels
+    if reason := kernels.reason(device):
+        return reason
+    from ..kernels import policy_attention as triton
+    return triton.refuses(device, dtype, **facts)
+
+
 def _macs(q, k, v, policy, *_) -> int:
     B, H, N, D = q
     return 2 * B * H * N * N * D
 
 
 define(OP, "(Tensor q, Tensor k, Tensor v, Tensor policy, float scale, float eps, str backend) -> (Tensor, Tensor, Tensor)",
-       _forward, lambda q, k, v, policy, scale, eps, backend: (
-           torch.empty(q.shape, dtype=v.dtype, device=q.device),
-           *(torch.empty(q.shape[:3], dtype=_accumulator(q.dtype), device=q.device) for _ in range(2))),
+       _forward, _fake,
        cast=True, macs=_macs)
 define(OP + "_backward", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor policy, Tensor out, Tensor m, Tensor z, "
        "float scale, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _backward,
        lambda dout, q, k, v, policy, *_: tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, policy)),
        macs=lambda dout, q, *_: 5 * q[0] * q[1] * q[2] ** 2 * q[3])
 gradient(OP, _gradient, _setup)
-serve(OP, Backend("reference", reference, composite=True))
+# Nothing has been measured on a GPU yet: PyTorch's own calls come first.
+serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))

@@ -1,0 +1,276 @@
+"""Attention under a key policy with its gradient to q, k, v and the policy: scores stay on chip, no atomics.
+
+Forward saves a maximum and a sum a row; backward recomputes the weights from them, keys in one kernel and queries in another.
+"""
+import contextlib
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+
+OP = "policy_attention"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+WIDTHS = range(16, 129, 16)
+LOG2E = tl.constexpr(math.log2(math.e))
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """a b, added to acc unless that is None, in float32; Triton's interpreter multiplies the bits of bfloat16 and needs it wide."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def rows_of(x, b, h, row, n, s_batch, s_head, s_row, s_channel, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of one head [rows, WIDTH], zero past n rows and D channels; any strides, 64-bit offsets."""
+    channel = tl.arange(0, WIDTH)
+    at = x + b * s_batch + h * s_head + row.to(tl.int64)[:, None] * s_row + channel[None, :] * s_channel
+    return tl.load(at, mask=(row < n)[:, None] & (channel < D)[None, :], other=0.0)
+
+
+@triton.jit
+def keep_rows(x, value, bh, row, n, s_row, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of `rows_of` for a head that starts at x + bh, channels side by side."""
+    channel = tl.arange(0, WIDTH)
+    tl.store(x + bh + row.to(tl.int64)[:, None] * s_row + channel[None, :], value.to(x.dtype.element_ty),
+             mask=(row < n)[:, None] & (channel < D)[None, :])
+
+
+@triton.jit
+def finite(x, kept):
+    """x [rows, WIDTH] with what is not finite in dropped rows set to zero."""
+    wide = x.to(tl.float32)
+    return tl.where((kept > 0)[:, None] | (tl.abs(wide) < float("inf")), x, 0.0)
+
+
+@triton.jit
+def split(pid, N, H, SIZE: tl.constexpr):
+    """(image, head, first row) of a program: the tiles of a head lie side by side."""
+    tiles = tl.cdiv(N, SIZE)
+    bh = pid // tiles
+    return (bh // H).to(tl.int64), (bh % H).to(tl.int64), (pid % tiles) * SIZE
+
+
+@triton.jit(do_not_specialize=["N", "H"])
+def forward_kernel(
+    q, k, v, policy, out, m, z, N, H, scale, eps,
+    q_batch, q_head, q_row, q_channel, k_batch, k_head, k_row, k_channel, v_batch, v_head, v_row, v_channel, p_batch, p_row,
+    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):
+    """grid (B * H * tiles of QUERIES rows); out [B, N, H, D], m (in units of log 2) and z [B, H, N]."""
+    b, h, first = split(tl.program_id(0), N, H, QUERIES)
+    row = first + tl.arange(0, QUERIES)
+    query = rows_of(q, b, h, row, N, q_batch, q_head, q_row, q_channel, D, WIDTH)
+    peak = tl.full((QUERIES,), float("-inf"), tl.float32)
+    if not EPS:  # a token's own score is taken from what it is, even where others must not see it
+        mine = rows_of(k, b, h, row, N, k_batch, k_head, k_row, k_channel, D, WIDTH)
+        own = tl.sum(query.to(tl.float32) * mine.to(tl.float32), 1) * (scale * LOG2E)
+        peak = own
+    total = tl.zeros((QUERIES,), tl.float32)
+    mixed = tl.zeros((QUERIES,), tl.float32)  # the sum of the weights as they enter the product, rounded: what the output is divided by
+    acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+    values = tl.zeros((WIDTH,), tl.float32)
+    for start in range(0, N, KEYS):
+        col = start + tl.arange(0, KEYS)
+        kept = tl.load(policy + b * p_batch + col.to(tl.int64) * p_row, mask=col < N, other=0.0).to(tl.float32)
+        key = rows_of(k, b, h, col, N, k_batch, k_head, k_row, k_channel, D, WIDTH)
+        value = rows_of(v, b, h, col, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
+        diagonal = row[:, None] == col[None, :]
+        if not EPS:
+            key, value = finite(key, kept), finite(value, kept)
+        s = dot(query, tl.trans(key), None) * (scale * LOG2E)
+        weight = tl.where(diagonal, 1.0, kept[None, :])
+        if EPS:
+            s = tl.where((col < N)[None, :], s, float("-inf"))
+            values += tl.sum(value.to(tl.float32), 0)
+        else:
+            s = tl.where(diagonal, own[:, None], tl.where((kept > 0)[None, :], s, float("-inf")))
+        higher = tl.maximum(peak, tl.max(s, 1))
+        shrink = tl.exp2(peak - higher)
+        e = tl.exp2(s - higher[:, None]) * weight
+        rounded = e.to(value.dtype)
+        total = total * shrink + tl.sum(e, 1)
+        mixed = mixed * shrink + tl.sum(rounded.to(tl.float32), 1)
+        acc = dot(rounded, value, acc * shrink[:, None])
+        peak = higher
+    if EPS:
+        acc += (eps / N) * values[None, :]
+        acc /= (mixed + eps)[:, None]
+    else:
+        mine = rows_of(v, b, h, row, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
+        kept = tl.load(policy + b * p_batch + row.to(tl.int64) * p_row, mask=row < N, other=1.0).to(tl.float32)
+        hidden = mine.to(tl.float32) - finite(mine, kept).to(tl.float32)  # 0 but where the sum left something out
+        bad = (kept <= 0)[:, None] & ((tl.abs(mine.to(tl.float32)) < float("inf")) == 0)
+        acc = (acc + tl.where(bad, tl.exp2(own - peak)[:, None] * hidden, 0.0)) / mixed[:, None]
+    keep_rows(out, acc, b * N * H * D + h * D, row, N, H * D, D, WIDTH)
+    at = (b * H + h) * N + row
+    tl.store(m + at, peak, mask=row < N)
+    tl.store(z + at, total, mask=row < N)
+
+
+@triton.jit(do_not_specialize=["N", "H"])
+def delta_kernel(out, dout, delta, N, H, o_batch, o_head, o_row, o_channel, g_batch, g_head, g_row, g_channel,
+                 D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """delta [B, H, N] = the row sums of dout * out; grid (B * H * tiles of ROWS rows)."""
+    b, h, first = split(tl.program_id(0), N, H, ROWS)
+    row = first + tl.arange(0, ROWS)
+    o = rows_of(out, b, h, row, N, o_batch, o_head, o_row, o_channel, D, WIDTH).to(tl.float32)
+    g = rows_of(dout, b, h, row, N, g_batch, g_head, g_row, g_channel, D, WIDTH).to(tl.float32)
+    tl.store(delta + (b * H + h) * N + row, tl.sum(o * g, 1), mask=row < N)
+
+
+@triton.jit
+def exponentials(s, peak, seen, EPS: tl.constexpr):
+    """e from scores in units of log 2; a dropped key far above every kept one stays finite (its policy's gradient needs it)."""
+    s -= peak
+    if not EPS:
+        s = tl.minimum(s, 80.0 * LOG2E)
+    return tl.where(seen, tl.exp2(s), 0.0)
+
+
+@triton.jit(do_not_specialize=["N", "H"])
+def key_gradient_kernel(
+    q, k, v, policy, dout, m, z, delta, dk, dv, dpolicy, N, H, scale, eps,
+    q_batch, q_head, q_row, q_channel, k_batch, k_head, k_row, k_channel, v_batch, v_head, v_row, v_channel, p_batch, p_row,
+    g_batch, g_head, g_row, g_channel,
+    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):
+    """grid (B * H * tiles of KEYS keys), each over every query; dk, dv [B, H, N, D], dpolicy [B, H, N]: a share a head."""
+    b, h, first = split(tl.program_id(0), N, H, KEYS)
+    col = first + tl.arange(0, KEYS)
+    kept = tl.load(policy + b * p_batch + col.to(tl.int64) * p_row, mask=col < N, other=0.0).to(tl.float32)
+    key = rows_of(k, b, h, col, N, k_batch, k_head, k_row, k_channel, D, WIDTH)
+    value = rows_of(v, b, h, col, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
+    if not EPS:
+        key, value = finite(key, kept), finite(value, kept)
+    key_acc = tl.zeros((KEYS, WIDTH), tl.float32)
+    value_acc = tl.zeros((KEYS, WIDTH), tl.float32)
+    policy_acc = tl.zeros((KEYS,), tl.float32)
+    head = (b * H + h) * N
+    for start in range(0, N, QUERIES):
+        row = start + tl.arange(0, QUERIES)
+        query = rows_of(q, b, h, row, N, q_batch, q_head, q_row, q_channel, D, WIDTH)
+        up = rows_of(dout, b, h, row, N, g_batch, g_head, g_row, g_channel, D, WIDTH)
+        peak = tl.load(m + head + row, mask=row < N, other=0.0)
+        inverse = 1.0 / (tl.load(z + head + row, mask=row < N, other=1.0) + eps)
+        shift = tl.load(delta + head + row, mask=row < N, other=0.0)
+        inside = (col < N)[:, None] & (row < N)[None, :]
+        s = dot(key, tl.trans(query), None) * (scale * LOG2E)
+        e = exponentials(s, peak[None, :], inside, EPS)
+        diagonal = col[:, None] == row[None, :]
+        weighted = e * tl.where(diagonal, 1.0, kept[:, None])
+        a = (weighted + tl.where(inside, eps / N, 0.0)) * inverse[None, :] if EPS else weighted * inverse[None, :]
+        value_acc = dot(a.to(up.dtype), up, value_acc)
+        de = (dot(value, tl.trans(up), None) - shift[None, :]) * inverse[None, :]
+        policy_acc += tl.sum(tl.where(diagonal, 0.0, de * e), 1)
+        key_acc = dot((de * weighted).to(query.dtype), query, key_acc)
+    keep_rows(dk, key_acc * scale, head * D, col, N, D, D, WIDTH)
+    keep_rows(dv, value_acc, head * D, col, N, D, D, WIDTH)
+    tl.store(dpolicy + head + col, policy_acc, mask=col < N)
+
+
+@triton.jit(do_not_specialize=["N", "H"])
+def query_gradient_kernel(
+    q, k, v, policy, dout, m, z, delta, dq, N, H, scale, eps,
+    q_batch, q_head, q_row, q_channel, k_batch, k_head, k_row, k_channel, v_batch, v_head, v_row, v_channel, p_batch, p_row,
+    g_batch, g_head, g_row, g_channel,
+    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):
+    """grid (B * H * tiles of QUERIES rows), each over every key; dq [B, H, N, D]."""
+    b, h, first = split(tl.program_id(0), N, H, QUERIES)
+    row = first + tl.arange(0, QUERIES)
+    query = rows_of(q, b, h, row, N, q_batch, q_head, q_row, q_channel, D, WIDTH)
+    up = rows_of(dout, b, h, row, N, g_batch, g_head, g_row, g_channel, D, WIDTH)
+    head = (b * H + h) * N
+    peak = tl.load(m + head + row, mask=row < N, other=0.0)
+    inverse = 1.0 / (tl.load(z + head + row, mask=row < N, other=1.0) + eps)
+    shift = tl.load(delta + head + row, mask=row < N, other=0.0)
+    acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+    for start in range(0, N, KEYS):
+        col = start + tl.arange(0, KEYS)
+        kept = tl.load(policy + b * p_batch + col.to(tl.int64) * p_row, mask=col < N, other=0.0).to(tl.float32)
+        key = rows_of(k, b, h, col, N, k_batch, k_head, k_row, k_channel, D, WIDTH)
+        value = rows_of(v, b, h, col, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
+        if not EPS:
+            key, value = finite(key, kept), finite(value, kept)
+        s = dot(query, tl.trans(key), None) * (scale * LOG2E)
+        diagonal = row[:, None] == col[None, :]
+        weighted = exponentials(s, peak[:, None], (row < N)[:, None] & (col < N)[None, :], EPS) * tl.where(diagonal, 1.0, kept[None, :])
+        ds = (dot(up, tl.trans(value), None) - shift[:, None]) * inverse[:, None] * weighted
+        acc = dot(ds.to(key.dtype), key, acc)
+    keep_rows(dq, acc * scale, head * D, row, N, D, D, WIDTH)
+
+
+def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
+    """Tiles and warps of the forward pass, and of both kernels of the backward pass."""
+    wide = dtype == torch.float32 or shape["D"] > 64
+    if arch < 80:
+        return {"queries": 32, "keys": 32, "num_warps": 4, "backward_queries": 32, "backward_keys": 32, "backward_warps": 4}
+    return {"queries": 64, "keys": 32, "num_warps": 4, "backward_queries": 32, "backward_keys": 32 if wide else 64, "backward_warps": 4}
+
+
+def candidates(dtype: torch.dtype, arch: int, **shape: int) -> list[dict]:
+    """What is worth timing, the default first."""
+    first = default(dtype, arch, **shape)
+    found = [first | {"queries": queries, "keys": keys, "num_warps": warps}
+             for queries, keys, warps in ((64, 64, 4), (128, 32, 4), (128, 64, 8), (32, 32, 2), (64, 32, 2))]
+    found += [first | {"backward_queries": queries, "backward_keys": keys, "backward_warps": warps}
+              for queries, keys, warps in ((32, 32, 2), (32, 32, 4), (64, 64, 4), (32, 128, 8), (64, 64, 8))]
+    return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
+
+
+def refuses(device: torch.device, dtype: torch.dtype, *, head_dim: int = 64, **_) -> str | None:
+    """Why `launch` cannot serve, or None. dtype: of q, k and v."""
+    if dtype not in DTYPES:
+        return f"no kernel for {dtype}"
+    return None if head_dim in WIDTHS else f"no kernel for heads of width {head_dim}: a multiple of 16 from 16 to 128 is needed"
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _config(q: Tensor) -> dict:
+    (B, H, N, D), arch = q.shape, configs.capability(q.device)
+    return configs.nearest(OP, arch, q.dtype, (("B", B), ("H", H), ("N", N), ("D", D))) or default(q.dtype, arch, B=B, H=H, N=N, D=D)
+
+
+def launch(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float,
+           config: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, H, N, D], a transposed [B, N, H, D]; row maxima (in units of log 2) and sums [B, H, N], float32."""
+    B, H, N, D = q.shape
+    out = torch.empty(B, N, H, D, dtype=q.dtype, device=q.device)
+    m, z = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
+    config = config or _config(q)
+    with _on(q.device):
+        forward_kernel[(B * H * triton.cdiv(N, config["queries"]),)](
+            q, k, v, policy, out, m, z, N, H, scale, eps, *q.stride(), *k.stride(), *v.stride(), *policy.stride(),
+            D=D, WIDTH=triton.next_power_of_2(D), EPS=eps > 0, QUERIES=config["queries"], KEYS=config["keys"],
+            num_warps=config["num_warps"])
+    return out.transpose(1, 2), m, z
+
+
+def launch_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: Tensor, m: Tensor, z: Tensor, scale: float,
+                    eps: float, config: dict | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and policy; m is held constant, which changes them by the order of eps."""
+    B, H, N, D = q.shape
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    delta, dpolicy = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
+    config = config or _config(q)
+    width, rows, queries, keys = triton.next_power_of_2(D), 64, config["backward_queries"], config["backward_keys"]
+    sizes = {"D": D, "WIDTH": width, "EPS": eps > 0, "QUERIES": queries, "KEYS": keys, "num_warps": config["backward_warps"]}
+    inputs = (q, k, v, policy, dout, m, z, delta)
+    strides = (*q.stride(), *k.stride(), *v.stride(), *policy.stride(), *dout.stride())
+    with _on(q.device):
+        delta_kernel[(B * H * triton.cdiv(N, rows),)](out, dout, delta, N, H, *out.stride(), *dout.stride(), D=D, WIDTH=width, ROWS=rows,
+                                                      num_warps=4)
+        key_gradient_kernel[(B * H * triton.cdiv(N, keys),)](*inputs, dk, dv, dpolicy, N, H, scale, eps, *strides, **sizes)
+        query_gradient_kernel[(B * H * triton.cdiv(N, queries),)](*inputs, dq, N, H, scale, eps, *strides, **sizes)
+    return dq, dk, dv, dpolicy.sum(1).to(policy.dtype)
