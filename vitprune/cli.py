@@ -100,7 +100,6 @@ def _model(options: Namespace, compacted: bool = True):
     import vitprune
 
     _settle(options)
-    asked = any(v is not None for v in (options.tokens, options.heads, options.hidden))
     checkpoint, pretrained = getattr(options, "checkpoint", None), getattr(options, "pretrained", False)
     if Path(options.model).is_dir():
         if checkpoint or pretrained:
@@ -112,29 +111,19 @@ def _model(options: Namespace, compacted: bool = True):
         model = timm.create_model(options.model, pretrained=pretrained)
     else:
         raise ValueError(f"model must be a timm model name or a folder written by `vitprune prune`, got {options.model!r}")
-    predictors = options.tokens is not None and options.score == "predictor" and checkpoint is not None
-    if checkpoint and not predictors:
-        vitprune.load_weights(model, checkpoint)
-    if asked:
-        tokens = blocks = None
-        if options.tokens is not None:
-            tokens = vitprune.TokenPruning(_tokens(options), at=tuple(options.at), schedule=options.schedule, score=options.score)
-        if options.heads is not None or options.hidden is not None:
-            blocks = vitprune.BlockPruning(1.0 if options.heads is None else _scalar(options.heads),
-                                           1.0 if options.hidden is None else _scalar(options.hidden), method=options.method)
-        if predictors:  # a checkpoint with predictors loads into the token-pruned model, one without into the dense
-            state = vitprune.convert.read_checkpoint(checkpoint)
-            trained = any("score_predictor" in k for part in (state, *(v for v in state.values() if isinstance(v, dict))) for k in part)
-            if not trained:
-                vitprune.load_weights(model, checkpoint)
-            model = vitprune.prune(model, tokens=tokens)
-            if trained:
-                vitprune.load_weights(model, checkpoint)
-            model = vitprune.prune(model, blocks=blocks) if blocks else model
-        else:
-            model = vitprune.prune(model, tokens=tokens, blocks=blocks)
-        if blocks and compacted:
-            model = vitprune.compact(model)
+    tokens = blocks = None
+    if options.tokens is not None:
+        tokens = vitprune.TokenPruning(_tokens(options), at=tuple(options.at), schedule=options.schedule, score=options.score)
+    if options.heads is not None or options.hidden is not None:
+        blocks = vitprune.BlockPruning(1.0 if options.heads is None else _scalar(options.heads),
+                                       1.0 if options.hidden is None else _scalar(options.hidden), method=options.method)
+    if checkpoint:
+        model, dense = vitprune.convert.start_from(model, checkpoint, tokens if options.score == "predictor" else None)
+        tokens = tokens if model is dense else None  # with predictors in the checkpoint the tokens are pruned already
+    if tokens or blocks:
+        model = vitprune.prune(model, tokens=tokens, blocks=blocks)
+    if blocks and compacted:
+        model = vitprune.compact(model)
     return model.eval()
 
 

@@ -64,6 +64,25 @@ def load_dynamicvit(path: str | os.PathLike, model: str | nn.Module, keep: float
     return pruned.eval()
 
 
+def start_from(model: nn.Module, path: str | os.PathLike, tokens: TokenPruning | None) -> tuple[nn.Module, nn.Module]:
+    """(model to start from, its dense form) of a checkpoint that has token predictors or none: with them, the first is pruned
+    as `tokens` says.
+
+    Raises ValueError where the checkpoint has predictors and tokens is None, and as `load_weights` does.
+    """
+    state = read_checkpoint(path)
+    nested = next((state[k] for k in ("model", "state_dict", "module") if isinstance(state.get(k), dict)), state)
+    if not any("score_predictor." in name for name in nested):
+        load_weights(model, path)
+        return model, model
+    if tokens is None:
+        raise ValueError(f"tokens must be given, scored by predictors: {path} has them, but does not say how many patches stay")
+    load_weights(model, {k: v for k, v in nested.items() if "score_predictor." not in k})
+    pruned = prune(model, tokens=tokens)
+    load_weights(pruned, path)
+    return pruned, model
+
+
 def _load(model: nn.Module, state: State, where: str) -> Loaded:
     own = model.state_dict()
     layout, ignored = "timm", ()

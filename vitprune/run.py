@@ -16,7 +16,7 @@ from torch import nn
 
 from . import checkpoint as folders
 from .blocks import BlockPruning
-from .convert import load_weights, read_checkpoint
+from .convert import load_weights, start_from
 from .data import DataConfig, create_loaders, subset_ids, write_subset
 from .doctor import default_device
 from .evaluate import world
@@ -135,17 +135,7 @@ def _start(config: RunConfig, classes: int) -> tuple[nn.Module, nn.Module | None
     model = _create(config, config.model, classes, config.pretrained)
     if config.checkpoint is None:
         return model, model
-    state = read_checkpoint(config.checkpoint)
-    nested = next((state[k] for k in ("model", "state_dict", "module") if isinstance(state.get(k), dict)), state)
-    if not any("score_predictor." in name for name in nested):
-        load_weights(model, config.checkpoint)
-        return model, model
-    if config.tokens is None:
-        raise ValueError(f"train: tokens must be given: {config.checkpoint} has token predictors, but does not say how many patches stay")
-    load_weights(model, {k: v for k, v in nested.items() if "score_predictor." not in k})
-    pruned = prune(model, tokens=config.tokens)
-    load_weights(pruned, config.checkpoint)
-    return pruned, model
+    return start_from(model, config.checkpoint, config.tokens)
 
 
 def _create(config: RunConfig, name: str, classes: int, pretrained: bool) -> nn.Module:
