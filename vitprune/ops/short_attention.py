@@ -152,4 +152,21 @@ define(OP + "_backward", "(Tensor dout, Tensor qkv, int num_heads, Tensor? cu_se
        "str backend) -> Tensor", _backward, lambda dout, qkv, *_: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
        macs=lambda dout, *args: 5 * _macs(*args) // 2)
 gradient(OP, _gradient, _setup)
-serve(OP, Backend("library", library, composite=True), Backend("reference", reference, composite=True))
+
+
+def _triton(*args):  # Triton is slow to import: only when it is asked for
+    from ..kernels import short_attention as triton
+    return triton.launch(*args)
+
+
+def _triton_refuses(device, dtype, **facts) -> str | None:
+    from .. import kernels
+    if reason := kernels.reason(device):
+        return reason
+    from ..kernels import short_attention as triton
+    return triton.refuses(device, dtype, **facts)
+
+
+# On a GPU nothing has been measured, so PyTorch's own calls come first.
+serve(OP, Backend("library", library, composite=True), Backend("reference", reference, composite=True),
+      Backend("triton", _triton, refuses=_triton_refuses))
