@@ -116,6 +116,9 @@ def _weights(q: Tensor, k: Tensor, keep: Tensor | None, scale: float) -> Tensor:
 
 def _backward(dout, qkv, num_heads: int, cu_seqlens, max_seqlen: int, scale: float, backend: str) -> Tensor:
     """The weights are recomputed rather than stored."""
+    if backend == "triton":
+        from ..kernels import short_attention as triton
+        return triton.launch_backward(dout, qkv, num_heads, cu_seqlens, max_seqlen, scale)
     padded, keep = _pad(qkv, cu_seqlens, max_seqlen)
     q, k, v = _heads(padded, 3, num_heads)
     do, = _heads(_pad(dout, cu_seqlens, max_seqlen)[0], 1, num_heads)
