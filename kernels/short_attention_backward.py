@@ -64,12 +64,11 @@ def query_gradient_kernel(
                 dp = dot(do, vs[i], tl.zeros(p.shape, tl.float32), qkv, PRECISION)
                 total += tl.sum(p, 1)
                 delta += tl.sum(p * dp, 1)
-                weights = weights + (p,)
+                weights = weights + (p.to(qkv.dtype.element_ty),)
                 slopes = slopes + (dp,)
             delta /= total
             for i in tl.static_range(len(weights)):
-                ds = weights[i] / total[:, None] * (slopes[i] - delta[:, None])
-                dq = dot(ds, tl.trans(ks[i]), dq, qkv, PRECISION)
+                dq = dot(weights[i] * (slopes[i] - delta[:, None]), tl.trans(ks[i]), dq, qkv, PRECISION)
         else:
             peak = tl.full((QUERIES,), float("-inf"), tl.float32)
             for at in range(0, n, LOOP):
@@ -85,10 +84,10 @@ def query_gradient_kernel(
                 key = at + tl.arange(0, LOOP)
                 k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH)
                 v = load_turned(v_ptr, key, n, x_row, x_channel, D, WIDTH)
-                p = tl.exp2(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, PRECISION) - peak[:, None]) / total[:, None]
+                p = tl.exp2(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, PRECISION) - peak[:, None])
                 dp = dot(do, v, tl.zeros((QUERIES, LOOP), tl.float32), qkv, PRECISION)
                 dq = dot(p * (dp - delta[:, None]), tl.trans(k), dq, qkv, PRECISION)
-        store(dqkv + base * 3 * H * D + head * D, dq * scale, row, n, 3 * H * D, D, WIDTH)
+        store(dqkv + base * 3 * H * D + head * D, dq * (scale / total)[:, None], row, n, 3 * H * D, D, WIDTH)
         at = head * T + base + row
         tl.store(peaks + at, peak + tl.log2(total), mask=row < n)
         tl.store(deltas + at, delta, mask=row < n)
@@ -131,9 +130,12 @@ def key_gradient_kernel(
 def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int = 197, D: int = 64) -> dict:
     """queries, keys, num_warps, num_stages: as in the forward, for dq; with k_ before: tiles and pipeline for dk and dv."""
     if dtype == torch.float32 or arch < 80:
-        return {"queries": 16, "keys": 16, "num_warps": 4, "num_stages": 1,
-                "k_queries": 16, "k_keys": 16, "k_warps": 4, "k_stages": 1}
-    return {"queries": 64, "keys": 0 if fits_on_chip(N, D) else 64, "num_warps": 8, "num_stages": 2,
+        warps = 4 if dtype == torch.float32 and D <= 64 else 8
+        return {"queries": 16, "keys": 16, "num_warps": warps, "num_stages": 1,
+                "k_queries": 16, "k_keys": 16, "k_warps": warps, "k_stages": 1}
+    one = fits_on_chip(N, D)
+    tall = one and arch in (90, 100) and N <= 208 and D <= 64  # their matrix instructions take 64 rows and spare registers
+    return {"queries": 64 if tall else 32, "keys": 0 if one else 64, "num_warps": 4 if tall else 8, "num_stages": 2,
             "k_queries": 64, "k_keys": 64, "k_warps": 4, "k_stages": 2}
 
 
