@@ -42,15 +42,12 @@ def begin(x, b, head, base, batch, row_stride, channel_stride, D: tl.constexpr, 
 
 
 @triton.jit
-def dot(a, b, acc, x, PRECISION: tl.constexpr):
+def dot(a, b, acc, x, WIDE: tl.constexpr):
     """acc + a b, with a and b rounded to the dtype of the buffer x."""
     a, b = a.to(x.dtype.element_ty), b.to(x.dtype.element_ty)
-    if PRECISION == "wide":
+    if WIDE:
         a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc)
-    else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-    return acc
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -93,20 +90,20 @@ def tiles(x, n, row_stride, channel_stride, KEYS: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
-def scores_of(q, k, start, n, scale, x, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+def scores_of(q, k, start, n, scale, x, SIZE: tl.constexpr, WIDE: tl.constexpr):
     """q k, with k [WIDTH, SIZE], in units of log 2; -inf past n keys."""
-    s = dot(q, k, tl.zeros((q.shape[0], SIZE), tl.float32), x, PRECISION) * scale
+    s = dot(q, k, tl.zeros((q.shape[0], SIZE), tl.float32), x, WIDE) * scale
     return tl.where((start + tl.arange(0, SIZE) < n)[None, :], s, float("-inf"))
 
 
 @triton.jit
-def all_scores(q, ks, n, scale, x, KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr):
+def all_scores(q, ks, n, scale, x, KEYS: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr):
     """Scores against every key, a tuple like `tiles`, and their largest."""
     scores = ()
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     for i in tl.static_range(5):
         if KEYS & (256 >> i):
-            s = scores_of(q, ks[len(scores)], KEYS // (512 >> i) * (512 >> i), n, scale, x, 256 >> i, PRECISION)
+            s = scores_of(q, ks[len(scores)], KEYS // (512 >> i) * (512 >> i), n, scale, x, 256 >> i, WIDE)
             peak = tl.maximum(peak, tl.max(s, 1))
             scores = scores + (s,)
     return scores, peak
@@ -133,7 +130,7 @@ def forward_kernel(
     qkv, out, cu_seqlens,
     B, T, N, H, scale, x_batch, x_row, x_channel,
     D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, LOOP: tl.constexpr, QUERIES: tl.constexpr, SPAN: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):
     """grid (images * heads * parts of SPAN queries); keys in one pass over KEYS of them, or LOOP at a time."""
     b, head, first, base, n = place(cu_seqlens, N, H, SPAN, PACKED)
@@ -152,20 +149,20 @@ def forward_kernel(
             acc = tl.zeros((QUERIES, WIDTH), tl.float32)
             total = tl.zeros((QUERIES,), tl.float32)
             if LOOP == 0:
-                scores, peak = all_scores(q, ks, n, scale * LOG2E, qkv, KEYS, QUERIES, PRECISION)
+                scores, peak = all_scores(q, ks, n, scale * LOG2E, qkv, KEYS, QUERIES, WIDE)
                 for i in tl.static_range(len(scores)):
                     p = tl.exp2(scores[i] - peak[:, None])
                     total += tl.sum(p, 1)
-                    acc = dot(p, vs[i], acc, qkv, PRECISION)
+                    acc = dot(p, vs[i], acc, qkv, WIDE)
             else:
                 peak = tl.full((QUERIES,), float("-inf"), tl.float32)
                 for at in range(0, n, LOOP):
                     key = at + tl.arange(0, LOOP)
                     k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH)
-                    p, fade, peak = online(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, PRECISION), peak)
+                    p, fade, peak = online(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, WIDE), peak)
                     total = total * fade + tl.sum(p, 1)
                     v = load(v_ptr, key, n, x_row, x_channel, D, WIDTH)
-                    acc = dot(p, v, acc * fade[:, None], qkv, PRECISION)
+                    acc = dot(p, v, acc * fade[:, None], qkv, WIDE)
             store(out + base * H * D + head * D, acc / total[:, None], row, n, H * D, D, WIDTH)
 
 
@@ -181,20 +178,28 @@ def fits_on_chip(N: int, D: int) -> bool:
     return N <= ONE_PASS and N * triton.next_power_of_2(D) <= ONE_PASS * 64
 
 
+def without_matrices(dtype: torch.dtype, arch: int, D: int) -> tuple[int, int] | None:
+    """Rows of a tile and warps that leave registers free where Triton multiplies without matrix instructions; None elsewhere."""
+    if dtype != torch.float32 and arch >= 80:
+        return None
+    return (32, 4) if D <= 64 and arch >= 80 else (16, 8)
+
+
 def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int = 197, D: int = 64) -> dict:
     """queries: rows of a tile; spans: tiles a program does one after the other; keys: 0 for one pass, or those of a step."""
-    if dtype == torch.float32 or arch < 80:
-        return {"queries": 16, "spans": 1, "keys": 16, "num_warps": 4, "num_stages": 1}
+    if small := without_matrices(dtype, arch, D):
+        return {"queries": small[0], "spans": 1, "keys": small[0], "num_warps": small[1], "num_stages": 1}
     one = fits_on_chip(N, D)
-    spans = triton.cdiv(N, 64) if one and B * H >= 512 else 1  # enough heads to fill a card: read the keys of each once
-    return {"queries": 64, "spans": spans, "keys": 0 if one else 64, "num_warps": 4, "num_stages": 2}
+    many = one and B * H >= 512  # enough heads to fill a card: read the keys of each once
+    rows = 32 if many and arch not in (90, 100) else 64  # what is kept over the queries leaves fewer registers for their scores
+    return {"queries": rows, "spans": triton.cdiv(N, rows) if many else 1, "keys": 0 if one else 64, "num_warps": 4, "num_stages": 2}
 
 
 def candidates(dtype: torch.dtype, arch: int, **shape) -> list[dict]:
     """What is worth timing, the default first."""
     first = default(dtype, arch, **shape)
-    if dtype == torch.float32 or arch < 80:
-        found = [first | {"queries": q, "keys": k, "num_warps": w} for q, k, w in ((16, 32, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8))]
+    if without_matrices(dtype, arch, shape.get("D", 64)):
+        found = [first | {"queries": q, "keys": k, "num_warps": w} for q, k, w in ((16, 16, 4), (32, 16, 4), (32, 32, 8), (64, 32, 8))]
     else:
         every = triton.cdiv(shape.get("N", 197), 32)
         found = [first | {"spans": s} for s in {1, 2, triton.cdiv(every, 2)}]
@@ -208,11 +213,9 @@ def arguments(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen
     D = qkv.shape[-1] // (3 * num_heads)
     packed = cu_seqlens is not None
     B, N = (cu_seqlens.shape[0] - 1, max_seqlen) if packed else qkv.shape[:2]
-    precision = "ieee" if qkv.dtype == torch.float32 else "tf32"
-    if qkv.dtype == torch.bfloat16 and triton.knobs.runtime.interpret:
-        precision = "wide"  # the interpreter keeps bfloat16 as bits and would multiply those: the same values in float32
     return (B, qkv.shape[0] if packed else B * N, N, num_heads), {
-        "D": D, "WIDTH": triton.next_power_of_2(D), "PACKED": packed, "PRECISION": precision}
+        "D": D, "WIDTH": triton.next_power_of_2(D), "PACKED": packed,
+        "WIDE": bool(triton.knobs.runtime.interpret)}  # the interpreter keeps bfloat16 as bits and would multiply those
 
 
 def keys_of(N: int, step: int) -> dict:
@@ -227,6 +230,11 @@ def chosen(op: str, otherwise, qkv: Tensor, B: int, H: int, N: int, D: int) -> d
     return configs.nearest(op, arch, qkv.dtype, tuple(shape.items())) or otherwise(qkv.dtype, arch, **shape)
 
 
+def in_float(qkv: Tensor) -> bool:
+    """Whether to compute in float32: without matrix instructions Triton multiplies halves in ever more registers, and spills."""
+    return configs.capability(qkv.device) < 80 and qkv.dtype != torch.float32
+
+
 def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
@@ -237,6 +245,8 @@ def launch(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: i
     (B, T, N, H), constants = arguments(qkv, num_heads, cu_seqlens, max_seqlen)
     if B * N == 0 or T == 0:
         return out.zero_()
+    if in_float(qkv):
+        return launch(qkv.float(), num_heads, cu_seqlens, max_seqlen, scale, config).to(qkv.dtype)
     config = config or chosen(OP, default, qkv, B, H, N, constants["D"])
     span = config["queries"] * config["spans"]
     with on(qkv.device):

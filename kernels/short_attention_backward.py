@@ -12,6 +12,7 @@ from .short_attention import (
     chosen,
     dot,
     fits_on_chip,
+    in_float,
     keys_of,
     load,
     load_turned,
@@ -21,6 +22,7 @@ from .short_attention import (
     scores_of,
     store,
     tiles,
+    without_matrices,
     zero_tail,
 )
 
@@ -32,7 +34,7 @@ def query_gradient_kernel(
     dout, qkv, dqkv, cu_seqlens, peaks, deltas,
     B, T, N, H, scale, x_batch, x_row, x_channel, d_batch, d_row, d_channel,
     D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, LOOP: tl.constexpr, QUERIES: tl.constexpr,
-    PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):
     """dq, and for every query and head what `key_gradient_kernel` needs: log2 of the softmax's sum, and sum(dout * out).
 
@@ -56,27 +58,27 @@ def query_gradient_kernel(
         if LOOP == 0:
             ks = tiles(k_ptr, n, x_row, x_channel, KEYS, D, WIDTH, True)
             vs = tiles(v_ptr, n, x_row, x_channel, KEYS, D, WIDTH, True)
-            scores, peak = all_scores(q, ks, n, scale * LOG2E, qkv, KEYS, QUERIES, PRECISION)
+            scores, peak = all_scores(q, ks, n, scale * LOG2E, qkv, KEYS, QUERIES, WIDE)
             weights = ()
             slopes = ()
             for i in tl.static_range(len(scores)):
                 p = tl.exp2(scores[i] - peak[:, None])
-                dp = dot(do, vs[i], tl.zeros(p.shape, tl.float32), qkv, PRECISION)
+                dp = dot(do, vs[i], tl.zeros(p.shape, tl.float32), qkv, WIDE)
                 total += tl.sum(p, 1)
                 delta += tl.sum(p * dp, 1)
                 weights = weights + (p.to(qkv.dtype.element_ty),)
                 slopes = slopes + (dp,)
             delta /= total
             for i in tl.static_range(len(weights)):
-                dq = dot(weights[i] * (slopes[i] - delta[:, None]), tl.trans(ks[i]), dq, qkv, PRECISION)
+                dq = dot(weights[i] * (slopes[i] - delta[:, None]), tl.trans(ks[i]), dq, qkv, WIDE)
         else:
             peak = tl.full((QUERIES,), float("-inf"), tl.float32)
             for at in range(0, n, LOOP):
                 key = at + tl.arange(0, LOOP)
                 k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH)
                 v = load_turned(v_ptr, key, n, x_row, x_channel, D, WIDTH)
-                dp = dot(do, v, tl.zeros((QUERIES, LOOP), tl.float32), qkv, PRECISION)
-                p, fade, peak = online(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, PRECISION), peak)
+                dp = dot(do, v, tl.zeros((QUERIES, LOOP), tl.float32), qkv, WIDE)
+                p, fade, peak = online(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, WIDE), peak)
                 total = total * fade + tl.sum(p, 1)
                 delta = delta * fade + tl.sum(p * dp, 1)
             delta /= total
@@ -84,9 +86,9 @@ def query_gradient_kernel(
                 key = at + tl.arange(0, LOOP)
                 k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH)
                 v = load_turned(v_ptr, key, n, x_row, x_channel, D, WIDTH)
-                p = tl.exp2(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, PRECISION) - peak[:, None])
-                dp = dot(do, v, tl.zeros((QUERIES, LOOP), tl.float32), qkv, PRECISION)
-                dq = dot(p * (dp - delta[:, None]), tl.trans(k), dq, qkv, PRECISION)
+                p = tl.exp2(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, WIDE) - peak[:, None])
+                dp = dot(do, v, tl.zeros((QUERIES, LOOP), tl.float32), qkv, WIDE)
+                dq = dot(p * (dp - delta[:, None]), tl.trans(k), dq, qkv, WIDE)
         store(dqkv + base * 3 * H * D + head * D, dq * (scale / total)[:, None], row, n, 3 * H * D, D, WIDTH)
         at = head * T + base + row
         tl.store(peaks + at, peak + tl.log2(total), mask=row < n)
@@ -97,7 +99,7 @@ def query_gradient_kernel(
 def key_gradient_kernel(
     dout, qkv, dqkv, cu_seqlens, peaks, deltas,
     T, N, H, scale, x_batch, x_row, x_channel, d_batch, d_row, d_channel,
-    D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):
     """dk and dv, a program for each tile of KEYS keys of a head: nothing is added from outside, so no atomics."""
     b, head, first, base, n = place(cu_seqlens, N, H, KEYS, PACKED)
@@ -115,13 +117,13 @@ def key_gradient_kernel(
             row = start + tl.arange(0, QUERIES)
             q = load(q_ptr, row, n, x_row, x_channel, D, WIDTH)
             do = load(do_ptr, row, n, d_row, d_channel, D, WIDTH)
-            s = dot(k, tl.trans(q), tl.zeros((KEYS, QUERIES), tl.float32), qkv, PRECISION) * (scale * LOG2E)
+            s = dot(k, tl.trans(q), tl.zeros((KEYS, QUERIES), tl.float32), qkv, WIDE) * (scale * LOG2E)
             p = tl.exp2(s - tl.load(peaks + at + row, mask=row < n, other=0.0)[None, :])
             p = tl.where((row < n)[None, :], p, 0.0)
-            dv = dot(p, do, dv, qkv, PRECISION)
-            dp = dot(v, tl.trans(do), tl.zeros((KEYS, QUERIES), tl.float32), qkv, PRECISION)
+            dv = dot(p, do, dv, qkv, WIDE)
+            dp = dot(v, tl.trans(do), tl.zeros((KEYS, QUERIES), tl.float32), qkv, WIDE)
             ds = p * (dp - tl.load(deltas + at + row, mask=row < n, other=0.0)[None, :])
-            dk = dot(ds, q, dk, qkv, PRECISION)
+            dk = dot(ds, q, dk, qkv, WIDE)
         dk_ptr = dqkv + base * 3 * H * D + (H + head) * D
         store(dk_ptr, dk * scale, key, n, 3 * H * D, D, WIDTH)
         store(dk_ptr + H * D, dv, key, n, 3 * H * D, D, WIDTH)
@@ -129,10 +131,10 @@ def key_gradient_kernel(
 
 def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int = 197, D: int = 64) -> dict:
     """queries, keys, num_warps, num_stages: as in the forward, for dq; with k_ before: tiles and pipeline for dk and dv."""
-    if dtype == torch.float32 or arch < 80:
-        warps = 4 if dtype == torch.float32 and D <= 64 else 8
-        return {"queries": 16, "keys": 16, "num_warps": warps, "num_stages": 1,
-                "k_queries": 16, "k_keys": 16, "k_warps": warps, "k_stages": 1}
+    if small := without_matrices(dtype, arch, D):
+        rows, warps = small
+        return {"queries": rows, "keys": rows, "num_warps": warps, "num_stages": 1,
+                "k_queries": rows, "k_keys": rows, "k_warps": warps, "k_stages": 1}
     one = fits_on_chip(N, D)
     tall = one and arch in (90, 100) and N <= 208 and D <= 64  # their matrix instructions take 64 rows and spare registers
     return {"queries": 64 if tall else 32, "keys": 0 if one else 64, "num_warps": 4 if tall else 8, "num_stages": 2,
@@ -142,9 +144,9 @@ def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int =
 def candidates(dtype: torch.dtype, arch: int, **shape) -> list[dict]:
     """What is worth timing, the default first."""
     first = default(dtype, arch, **shape)
-    if dtype == torch.float32 or arch < 80:
+    if without_matrices(dtype, arch, shape.get("D", 64)):
         found = [first | {"queries": q, "k_keys": q, "keys": k, "k_queries": k, "num_warps": w, "k_warps": w}
-                 for q, k, w in ((16, 32, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8))]
+                 for q, k, w in ((16, 16, 4), (32, 16, 4), (32, 32, 8), (64, 32, 8))]
     else:
         found = [first | {"keys": k, "num_warps": w} for k, w in ((64, 4), (32, 4))]
         found += [first | {"queries": 32, "num_warps": 4}]
@@ -159,6 +161,8 @@ def launch(dout: Tensor, qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None,
     (B, T, N, H), constants = arguments(qkv, num_heads, cu_seqlens, max_seqlen)
     if B * N == 0 or T == 0:
         return dqkv.zero_()
+    if in_float(qkv):
+        return launch(dout.float(), qkv.float(), num_heads, cu_seqlens, max_seqlen, scale, config).to(qkv.dtype)
     config = config or chosen(OP, default, qkv, B, H, N, constants["D"])
     peaks, deltas = torch.empty(2, H, T, dtype=torch.float32, device=qkv.device)
     packed = cu_seqlens is not None

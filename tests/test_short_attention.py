@@ -141,8 +141,8 @@ def triton(tensors, case):
     forward = dict(zip(("queries", "spans", "keys"), FORWARD[case["tiles"]])) | {"num_warps": 4, "num_stages": 1}
     backward = dict(zip(("queries", "keys", "k_queries", "k_keys"), BACKWARD[case["tiles"]])) | {
         "num_warps": 4, "num_stages": 1, "k_warps": 4, "k_stages": 1}
-    with (mock.patch.object(short_attention, "default", lambda *_, **__: forward),
-          mock.patch.object(short_attention_backward, "default", lambda *_, **__: backward)):
+    with (mock.patch.object(short_attention, "default", return_value=forward),
+          mock.patch.object(short_attention_backward, "default", return_value=backward)):
         return run("triton", tensors, case)
 
 
@@ -175,10 +175,10 @@ def randoms(B, N, H, D, device, dtype=torch.float32):
 def test_triton_edges(device):
     """Sizes around tiles and beyond one pass; empty ones; equal scores; a bad image that stays alone, with its bad rows unread."""
     torch.manual_seed(0)
-    for (B, N, H, D), tiles in [((0, 5, 2, 16), None), ((2, 0, 2, 16), None), ((1, 1, 1, 16), None), ((257, 1, 1, 16), 0),
-                                ((1, 2, 3, 48), 1), ((2, 15, 1, 16), 0), ((1, 16, 2, 16), None), ((1, 17, 1, 32), None), ((1, 50, 1, 80), 2),
-                                ((1, 196, 1, 16), 1), ((1, 197, 1, 96), 3), ((1, 198, 1, 64), 1), ((1, 256, 1, 16), 1), ((1, 257, 1, 16), 1),
-                                ((1, 300, 1, 128), 4), ((1, 577, 1, 64), 4), ((1, 1025, 1, 16), 4)]:
+    for B, N, H, D, tiles in [
+            (0, 5, 2, 16, None), (2, 0, 2, 16, None), (1, 1, 1, 16, None), (257, 1, 1, 16, 0), (1, 2, 3, 48, 1), (2, 15, 1, 16, 0),
+            (1, 16, 2, 16, None), (1, 17, 1, 32, None), (1, 50, 1, 80, 2), (1, 196, 1, 16, 1), (1, 197, 1, 96, 3), (1, 198, 1, 64, 1),
+            (1, 256, 1, 16, 1), (1, 257, 1, 16, 1), (1, 300, 1, 128, 4), (1, 577, 1, 64, 4), (1, 1025, 1, 16, 4)]:
         case = {"H": H, "scale": None, "tiles": tiles}
         tensors = (*randoms(B, N, H, D, device), None, None)
         for a, b in zip(triton(tensors, case), run("reference", tensors, case, torch.Tensor.double)):
@@ -252,9 +252,8 @@ def launches_of(monkeypatch, dtype, N, arch=80, B=128, H=6, D=64, packed=False):
 def test_triton_compiles_once_a_bucket(packed, monkeypatch):
     """Lengths that round up to the same multiple of 16 launch the same code."""
     for lengths in (range(193, 209), range(65, 81), range(257, 513)):
-        constants = {str([(kernel.fn.__name__, options) for kernel, _, options in launches_of(monkeypatch, torch.float16, N, packed=packed)])
-                     for N in lengths}
-        assert len(constants) == 1
+        launches = [launches_of(monkeypatch, torch.float16, N, packed=packed) for N in lengths]
+        assert len({str([(kernel.fn.__name__, options) for kernel, _, options in of_one]) for of_one in launches}) == 1
 
 
 def test_triton_candidates():
