@@ -86,18 +86,18 @@ def test_compiled_with_other_lengths(name, dynamic):
                 rows, num_heads=2, cu_seqlens=cu_seqlens, max_seqlen=2 + N))
 
 
-FORWARD = [(16, 1, 16), (64, 1, 0), (16, 3, 0), (32, 2, 32), (64, 2, 64)]  # queries, spans, keys
-BACKWARD = [(16, 16, 16, 16), (64, 0, 64, 64), (16, 0, 64, 32), (32, 32, 16, 64), (64, 64, 64, 128)]  # queries, keys, k_queries, k_keys
+FORWARD = [(16, 1, 32), (64, 1, 0), (16, 3, 0), (32, 2, 32), (64, 2, 64)]  # queries, spans, keys
+BACKWARD = [(16, 32, 32, 16), (64, 0, 64, 64), (16, 0, 64, 32), (32, 32, 16, 64), (64, 64, 64, 128)]  # queries, keys, k_queries, k_keys
 
 
 def random_case(seed, real):
     """Drawn by numpy: hypothesis repeats its choices, and a fifth of the cases would have most of the dtypes."""
     rng = np.random.default_rng(seed)
-    H, D = (int(rng.choice((2, 3))), 64) if real else (int(rng.integers(1, 4)), int(rng.integers(1, 9)) * 16)
-    B, least, most = (2, 64, 260) if real else (B := int(rng.integers(1, 5)), 0, 256 // (B * H))
+    H, D = (2, 64) if real else (int(rng.integers(1, 4)), int(rng.integers(1, 9)) * 16)
+    B, least, most = (2, 64, 260) if real else (B := int(rng.integers(1, 5)), 0, int(rng.choice((64, 128, 256))) // (B * H))
     return {"H": H, "D": D, "lengths": rng.integers(least, most + 1, B).tolist(), "packed": rng.random() < 0.5,
             "dtype": DTYPES[rng.integers(3)], "scale": (None, 0.05, 0.5, -0.1)[rng.integers(4)], "spare": int(rng.integers(0, 20)),
-            "real": real, "tiles": int(rng.choice((1, 3, 4) if real else (0, 1, 2, 3, 4))), "seed": seed}
+            "real": real, "tiles": int(rng.choice((1, 4) if real else (0, 1, 2, 3, 4))), "seed": seed}
 
 
 def cases(real):
@@ -118,8 +118,9 @@ def tensors_of(case, device):
     qkv, up = layout(qkv, rng), layout(up, rng)
     if not case["packed"]:
         return qkv, up, None, None
-    if case["spare"] and 0 not in qkv.stride():
-        qkv[-case["spare"]:] = up[-case["spare"]:] = float("nan")
+    for t in (qkv, up):
+        if case["spare"] and 0 not in t.stride():
+            t[-case["spare"]:] = float("nan")
     cu_seqlens = torch.tensor([0, *np.cumsum(case["lengths"])], dtype=torch.int32, device=device)
     return qkv, up, cu_seqlens, max(case["lengths"]) + case["spare"] % 3
 
