@@ -86,8 +86,9 @@ def test_compiled_with_other_lengths(name, dynamic):
                 rows, num_heads=2, cu_seqlens=cu_seqlens, max_seqlen=2 + N))
 
 
-FORWARD = [(16, 1, 32), (64, 1, 0), (16, 3, 0), (32, 2, 32), (64, 2, 64)]  # queries, spans, keys
-BACKWARD = [(16, 32, 32, 16), (64, 0, 64, 64), (16, 0, 64, 32), (32, 32, 16, 64), (64, 64, 64, 128)]  # queries, keys, k_queries, k_keys
+FORWARD = [(16, 1, 64), (64, 1, 0), (16, 3, 0), (32, 2, 32), (64, 2, 64)]  # queries, spans, keys
+# queries, keys, k_queries, k_keys; of products smaller than these numpy sums q k and k q in different orders, which no card does.
+BACKWARD = [(16, 64, 128, 64), (64, 0, 64, 64), (16, 0, 64, 32), (64, 32, 64, 64), (64, 64, 64, 128)]
 
 
 def random_case(seed, real):
@@ -95,9 +96,9 @@ def random_case(seed, real):
     rng = np.random.default_rng(seed)
     H, D = (2, 64) if real else (int(rng.integers(1, 4)), int(rng.integers(1, 9)) * 16)
     B, least, most = (2, 64, 260) if real else (B := int(rng.integers(1, 5)), 0, int(rng.choice((64, 128, 256))) // (B * H))
-    return {"H": H, "D": D, "lengths": rng.integers(least, most + 1, B).tolist(), "packed": rng.random() < 0.5,
-            "dtype": DTYPES[rng.integers(3)], "scale": (None, 0.05, 0.5, -0.1)[rng.integers(4)], "spare": int(rng.integers(0, 20)),
-            "real": real, "tiles": int(rng.choice((1, 4) if real else (0, 1, 2, 3, 4))), "seed": seed}
+    return {"H": H, "D": D, "lengths": rng.integers(least, most + 1, B).tolist(), "packed": rng.random() < 0.5, "dtype": DTYPES[rng.integers(3)],
+            "scale": (None, 0.05, 2 * D ** -0.5, -0.1)[rng.integers(4)], "spare": int(rng.integers(0, 20)), "real": real,
+            "tiles": int(rng.choice((1, 4) if real else (0, 1, 2, 3, 4))), "seed": seed}
 
 
 def cases(real):
