@@ -90,9 +90,10 @@ def rows(device: torch.device, min_time: float = 0.05):
         functions = candidates(device, DTYPES[kind])
         for B, N, H in shapes(device):
             torch._dynamo.reset()  # one shape's graphs do not count against the next one's
-            x = torch.randn(B, N, 3 * H * 64, device=device).to(DTYPES[kind]).requires_grad_()
+            x = torch.randn(B, N, 3 * H * 64, device=device).to(DTYPES[kind])
             up = torch.randn(B, N, H * 64, device=device).to(DTYPES[kind])
             for backward in (False, True):
+                x.requires_grad_(backward)
                 with torch.set_grad_enabled(backward):
                     ready, refused = calls({n: f if isinstance(f, str) else lambda x, f=f, H=H: f(x, H) for n, f in functions.items()},
                                            [x], up, backward)
@@ -101,8 +102,8 @@ def rows(device: torch.device, min_time: float = 0.05):
                 moved = up.nbytes * (4 + 7 * backward)  # q, k, v, out; backward: q, k, v, dout and the three gradients
                 macs = 2 * B * H * N * N * 64 * (3.5 if backward else 1)  # backward: five products of that size where the forward has two
                 row = {"B": B, "N": N, "H": H, "dtype": kind, "pass": "forward+backward" if backward else "forward", "bytes": moved,
-                       "macs": macs, "ms": ms, "spread_ms": {n: [min(t), max(t)] for n, t in times.items()}, "unavailable": refused,
-                       "scores_computed": waste(N)}
+                       "macs": macs, "ms": ms, "spread_ms": {n: [min(t), max(t)] for n, t in times.items()}, "scores_computed": waste(N),
+                       "unavailable": {n: r[:160] for n, r in refused.items()}}
                 if limit and kind != "float32":
                     least = 1e3 * max(moved / limit[0], 2 * macs / limit[1])
                     row["share_of_limit"] = {n: least / t for n, t in ms.items()}
