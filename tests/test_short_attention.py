@@ -148,25 +148,18 @@ def triton(tensors, case):
         return run("triton", tensors, case)
 
 
-def check(case, device, lucky):
+def check(case, device):
     tensors = tensors_of(case, device)
     got, plain, truth = triton(tensors, case), run("reference", tensors, case), run("reference", tensors, case, torch.Tensor.double)
     for a, b, c in zip(got, plain, truth):
         assert a.dtype == b.dtype and a.shape == b.shape
-        try:
-            within_twice(a, b, c)
-        except AssertionError:  # of a few values the reference may round every one luckily: count on no less than rounding can cost
-            lucky.append(case)
-            within_twice(a, c + c.abs().max().log2().floor().exp2() * torch.finfo(b.dtype).eps / 2, c)
+        within_twice(a, b, c)
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_triton(device, count):
-    lucky = []
-    explore(lambda case: check(case, device, lucky), cases(False), cases(True), count, describe)
-    print("cases where the reference erred by less than half of what rounding alone may cost:", len(lucky))
-    assert len(lucky) <= count // 20
+    explore(lambda case: check(case, device), cases(False), cases(True), count, describe)
 
 
 def randoms(B, N, H, D, device, dtype=torch.float32):
