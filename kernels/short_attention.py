@@ -192,7 +192,8 @@ def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int =
     one = fits_on_chip(N, D)
     many = one and B * H >= 512  # enough heads to fill a card: read the keys of each once
     rows = 32 if many and arch not in (90, 100) else 64  # what is kept over the queries leaves fewer registers for their scores
-    return {"queries": rows, "spans": triton.cdiv(N, rows) if many else 1, "keys": 0 if one else 64, "num_warps": 4, "num_stages": 2}
+    return {"queries": rows, "spans": triton.cdiv(N, rows) if many else 1, "keys": 0 if one else 64 if D <= 64 else 32,
+            "num_warps": 4, "num_stages": 2}
 
 
 def candidates(dtype: torch.dtype, arch: int, **shape) -> list[dict]:
