@@ -28,7 +28,8 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
             "int32 [B+1]", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
         (max_seqlen is not None and max_seqlen >= 0) or fail(OP, "max_seqlen", "an int >= 0 with cu_seqlens", max_seqlen)
     D = qkv.shape[-1] // (3 * num_heads)
-    name = choose(OP, qkv.device, qkv.dtype, head_dim=D, packed=packed)
+    fits = True if D % 16 == 0 and 16 <= D <= 128 else False  # a branch, not the size: a graph with dynamic sizes has none to choose by
+    name = choose(OP, qkv.device, qkv.dtype, fits=fits, packed=packed)
     return call(OP, name, qkv, num_heads, cu_seqlens, max_seqlen or 0, D ** -0.5 if scale is None else scale)
 
 
@@ -116,6 +117,9 @@ def _weights(q: Tensor, k: Tensor, keep: Tensor | None, scale: float) -> Tensor:
 
 def _backward(dout, qkv, num_heads: int, cu_seqlens, max_seqlen: int, scale: float, backend: str) -> Tensor:
     """The weights are recomputed rather than stored."""
+    if backend == "triton":
+        from ..kernels import short_attention_backward as triton
+        return triton.launch(dout, qkv, num_heads, cu_seqlens, max_seqlen, scale)
     padded, keep = _pad(qkv, cu_seqlens, max_seqlen)
     q, k, v = _heads(padded, 3, num_heads)
     do, = _heads(_pad(dout, cu_seqlens, max_seqlen)[0], 1, num_heads)
@@ -152,4 +156,21 @@ define(OP + "_backward", "(Tensor dout, Tensor qkv, int num_heads, Tensor? cu_se
        "str backend) -> Tensor", _backward, lambda dout, qkv, *_: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
        macs=lambda dout, *args: 5 * _macs(*args) // 2)
 gradient(OP, _gradient, _setup)
-serve(OP, Backend("library", library, composite=True), Backend("reference", reference, composite=True))
+
+
+def _triton(*args):  # Triton is slow to import: only when it is asked for
+    from ..kernels import short_attention as triton
+    return triton.launch(*args)
+
+
+def _triton_refuses(device, dtype, **facts) -> str | None:
+    from .. import kernels
+    if reason := kernels.reason(device):
+        return reason
+    from ..kernels import short_attention as triton
+    return triton.refuses(device, dtype, **facts)
+
+
+# On a GPU nothing has been measured, so PyTorch's own calls come first.
+serve(OP, Backend("library", library, composite=True), Backend("reference", reference, composite=True),
+      Backend("triton", _triton, refuses=_triton_refuses))

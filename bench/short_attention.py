@@ -1,0 +1,115 @@
+"""short_attention beside PyTorch's attentions: `python -m bench.short_attention [DEVICE]` prints JSON."""
+import functools
+import json
+import statistics
+import sys
+
+import torch
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.add_norm import KEEPS, calls
+from vitprune.bench import DTYPES, interleave, machine
+from vitprune.ops import backend, registry, short_attention
+
+HEADS = {"tiny": 3, "small": 6, "base": 12}  # DeiT; every head is 64 wide
+LIMITS = {"H200": (4.8e12, 989e12)}  # bytes a second and FLOPs a second in 16 bits, from the data sheet
+
+
+def shapes(device: torch.device):
+    if device.type != "cuda":
+        return [(1, 197, 3), (8, 68, 3)]
+    return [(B, N, H) for H in HEADS.values() for B in (1, 8, 32, 128, 512, 1024)
+            for N in ({*KEEPS.values(), 68, 97} if B in (1, 128) else (197, 138, 97, 68))]
+
+
+def heads(x: torch.Tensor, H: int):
+    """[B, N, 3*H*64] -> q, k, v [B, H, N, 64], views."""
+    return x.unflatten(-1, (3, H, 64)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def merged(out: torch.Tensor) -> torch.Tensor:
+    return out.transpose(1, 2).flatten(2)
+
+
+def sdpa(x, H: int, only: SDPBackend, masked: bool = False):
+    q, k, v = heads(x, H)
+    mask = torch.ones(1, 1, 1, x.shape[1], dtype=torch.bool, device=x.device) if masked else None
+    with sdpa_kernel(only):
+        return merged(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def flex(x, H: int):
+    from torch.nn.attention.flex_attention import flex_attention
+    return merged(flex_attention(*heads(x, H)))
+
+
+def varlen(x, H: int):
+    from torch.nn.attention.varlen import varlen_attn
+    B, N, _ = x.shape
+    ends = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=x.device)
+    q, k, v = x.reshape(B * N, 3, H, 64).unbind(1)
+    return varlen_attn(q, k, v, ends, ends, N, N).view(B, N, H * 64)
+
+
+def ours(x, H: int, name: str, packed: bool):
+    with backend(name):
+        if not packed:
+            return short_attention(x, num_heads=H)
+        B, N, _ = x.shape
+        ends = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=x.device)
+        return short_attention(x.flatten(0, 1), num_heads=H, cu_seqlens=ends, max_seqlen=N).view(B, N, H * 64)
+
+
+def candidates(device: torch.device, dtype: torch.dtype) -> dict:
+    """Name -> function(x, H), or the reason why there is none; every one takes the fused qkv and gives rows."""
+    eager = functools.partial(ours, name="reference", packed=False)
+    found = {"eager": eager, "compiled": torch.compile(eager, dynamic=False),
+             "library": functools.partial(ours, name="library", packed=False), "flex": torch.compile(flex, dynamic=False), "varlen": varlen}
+    for only in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        for masked in (False, True):
+            found[f"sdpa {only.name.lower()}" + " mask" * masked] = functools.partial(sdpa, only=only, masked=masked)
+    for packed in (False, True):
+        reason = registry.table("short_attention", device, dtype)["triton"]
+        found["triton" + " packed" * packed] = reason or functools.partial(ours, name="triton", packed=packed)
+    return found
+
+
+def waste(N: int) -> dict:
+    """Scores computed for each one needed, by the rows and keys of a tile; and by the kernel's own tiles."""
+    up = lambda size: -(-N // size) * size  # noqa: E731
+    return {"128x64": up(128) * up(64) / N ** 2, "64x64": up(64) ** 2 / N ** 2, "64x16, ours": up(64) * up(16) / N ** 2,
+            "32x16, ours": up(32) * up(16) / N ** 2}
+
+
+def rows(device: torch.device, min_time: float = 0.05):
+    """A row a shape, dtype and direction: milliseconds, bytes that must move, MACs, and the share of the card's limit."""
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    limit = next((v for k, v in LIMITS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
+    for kind in ("float32", "bfloat16") if device.type != "cuda" else DTYPES:
+        functions = candidates(device, DTYPES[kind])
+        for B, N, H in shapes(device):
+            torch._dynamo.reset()  # one shape's graphs do not count against the next one's
+            x = torch.randn(B, N, 3 * H * 64, device=device).to(DTYPES[kind])
+            up = torch.randn(B, N, H * 64, device=device).to(DTYPES[kind])
+            for backward in (False, True):
+                x.requires_grad_(backward)
+                with torch.set_grad_enabled(backward):
+                    ready, refused = calls({n: f if isinstance(f, str) else lambda x, f=f, H=H: f(x, H) for n, f in functions.items()},
+                                           [x], up, backward)
+                    times = interleave(ready, min_time=min_time, synchronise=synchronise)
+                ms = {n: statistics.median(t) for n, t in times.items()}
+                moved = up.nbytes * (4 + 7 * backward)  # q, k, v, out; backward: q, k, v, dout and the three gradients
+                macs = 2 * B * H * N * N * 64 * (3.5 if backward else 1)  # backward: five products of that size where the forward has two
+                row = {"B": B, "N": N, "H": H, "dtype": kind, "pass": "forward+backward" if backward else "forward", "bytes": moved,
+                       "macs": macs, "ms": ms, "spread_ms": {n: [min(t), max(t)] for n, t in times.items()}, "scores_computed": waste(N),
+                       "unavailable": {n: r[:160] for n, r in refused.items()}}
+                if limit and kind != "float32":
+                    least = 1e3 * max(moved / limit[0], 2 * macs / limit[1])
+                    row["share_of_limit"] = {n: least / t for n, t in ms.items()}
+                yield row
+
+
+if __name__ == "__main__":
+    where = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps({"machine": machine(str(where)), "device": str(where), "rows": list(rows(where))}, indent=2))

@@ -1,0 +1,259 @@
+"""Attention over short sequences, read from the fused qkv buffer: a dense batch, or packed rows with cu_seqlens."""
+import contextlib
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+
+OP = "short_attention"
+ONE_PASS = 256  # the most keys whose scores a program holds at once
+WIDTHS = range(16, 129, 16)
+LOG2E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def place(cu_seqlens, N, H, SPAN: tl.constexpr, PACKED: tl.constexpr):
+    """What the program does: image, head, first row in its sequence; and that sequence's first row and length."""
+    parts = tl.cdiv(N, SPAN)
+    pid = tl.program_id(0)
+    b = pid // (parts * H)
+    if PACKED:
+        base = tl.load(cu_seqlens + b).to(tl.int64)
+        n = (tl.load(cu_seqlens + b + 1) - base).to(tl.int32)
+    else:
+        base = b.to(tl.int64) * N
+        n = N
+    return b.to(tl.int64), ((pid // parts) % H).to(tl.int64), (pid % parts) * SPAN, base, n
+
+
+@triton.jit
+def begin(x, b, head, base, batch, row_stride, channel_stride, D: tl.constexpr, PACKED: tl.constexpr):
+    """Where the rows of that head and sequence begin."""
+    x += head * D * channel_stride
+    if PACKED:
+        x += base * row_stride
+    else:
+        x += b * batch
+    return x
+
+
+@triton.jit
+def dot(a, b, acc, x, WIDE: tl.constexpr):
+    """acc + a b, with a and b rounded to the dtype of the buffer x."""
+    a, b = a.to(x.dtype.element_ty), b.to(x.dtype.element_ty)
+    if WIDE:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def load(x, row, n, row_stride, channel_stride, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of one head [rows, WIDTH]; zero past n rows and D channels."""
+    channel = tl.arange(0, WIDTH)
+    at = x + row.to(tl.int64)[:, None] * row_stride + channel.to(tl.int64)[None, :] * channel_stride
+    return tl.load(at, mask=(row < n)[:, None] & (channel < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_turned(x, row, n, row_stride, channel_stride, D: tl.constexpr, WIDTH: tl.constexpr):
+    """[WIDTH, rows]: `load`, transposed; a tile that is transposed later goes to shared memory again in every step of a loop."""
+    channel = tl.arange(0, WIDTH)
+    at = x + channel.to(tl.int64)[:, None] * channel_stride + row.to(tl.int64)[None, :] * row_stride
+    return tl.load(at, mask=(channel < D)[:, None] & (row < n)[None, :], other=0.0)
+
+
+@triton.jit
+def store(x, value, row, n, row_stride, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The inverse of `load`, channels side by side."""
+    channel = tl.arange(0, WIDTH)
+    at = x + row.to(tl.int64)[:, None] * row_stride + channel[None, :]
+    tl.store(at, value.to(x.dtype.element_ty), mask=(row < n)[:, None] & (channel < D)[None, :])
+
+
+@triton.jit
+def tiles(x, n, row_stride, channel_stride, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TURNED: tl.constexpr):
+    """KEYS rows as a tuple of tiles, one for each bit of KEYS: 208 is 128 + 64 + 16."""
+    found = ()
+    for i in tl.static_range(5):
+        if KEYS & (256 >> i):
+            row = KEYS // (512 >> i) * (512 >> i) + tl.arange(0, 256 >> i)
+            if TURNED:
+                tile = load_turned(x, row, n, row_stride, channel_stride, D, WIDTH)
+            else:
+                tile = load(x, row, n, row_stride, channel_stride, D, WIDTH)
+            found = found + (tile,)
+    return found
+
+
+@triton.jit
+def scores_of(q, k, start, n, scale, x, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """q k, with k [WIDTH, SIZE], in units of log 2; -inf past n keys."""
+    s = dot(q, k, tl.zeros((q.shape[0], SIZE), tl.float32), x, WIDE) * scale
+    return tl.where((start + tl.arange(0, SIZE) < n)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def all_scores(q, ks, n, scale, x, KEYS: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr):
+    """Scores against every key, a tuple like `tiles`, and their largest."""
+    scores = ()
+    peak = tl.full((QUERIES,), float("-inf"), tl.float32)
+    for i in tl.static_range(5):
+        if KEYS & (256 >> i):
+            s = scores_of(q, ks[len(scores)], KEYS // (512 >> i) * (512 >> i), n, scale, x, 256 >> i, WIDE)
+            peak = tl.maximum(peak, tl.max(s, 1))
+            scores = scores + (s,)
+    return scores, peak
+
+
+@triton.jit
+def online(s, peak):
+    """A step of the softmax with rescaling: exponentials of this tile, the factor for sums so far, the new maximum."""
+    higher = tl.maximum(peak, tl.max(s, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)  # scores may all be -inf so far
+    return tl.exp2(s - shift[:, None]), tl.exp2(peak - shift), higher
+
+
+@triton.jit
+def zero_tail(out, cu_seqlens, b, B, T, part, parts, row_stride, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows past the last sequence, shared out over all programs of a head."""
+    zero = tl.zeros((ROWS, WIDTH), out.dtype.element_ty)
+    for start in range(tl.load(cu_seqlens + B) + (b * parts + part) * ROWS, T, B.to(tl.int64) * parts * ROWS):
+        store(out, zero, start + tl.arange(0, ROWS), T, row_stride, D, WIDTH)
+
+
+@triton.jit(do_not_specialize=["B", "T", "N", "H"])
+def forward_kernel(
+    qkv, out, cu_seqlens,
+    B, T, N, H, scale, x_batch, x_row, x_channel,
+    D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, LOOP: tl.constexpr, QUERIES: tl.constexpr, SPAN: tl.constexpr,
+    PACKED: tl.constexpr, WIDE: tl.constexpr,
+):
+    """grid (images * heads * parts of SPAN queries); keys in one pass over KEYS of them, or LOOP at a time."""
+    b, head, first, base, n = place(cu_seqlens, N, H, SPAN, PACKED)
+    q_ptr = begin(qkv, b, head, base, x_batch, x_row, x_channel, D, PACKED)
+    k_ptr = q_ptr + H.to(tl.int64) * D * x_channel
+    v_ptr = k_ptr + H.to(tl.int64) * D * x_channel
+    if PACKED:
+        zero_tail(out + head * D, cu_seqlens, b, B, T, first // SPAN, tl.cdiv(N, SPAN), H * D, QUERIES, D, WIDTH)
+    if first < n:
+        if LOOP == 0:
+            ks = tiles(k_ptr, n, x_row, x_channel, KEYS, D, WIDTH, True)
+            vs = tiles(v_ptr, n, x_row, x_channel, KEYS, D, WIDTH, False)
+        for start in range(first, tl.minimum(first + SPAN, n), QUERIES):
+            row = start + tl.arange(0, QUERIES)
+            q = load(q_ptr, row, n, x_row, x_channel, D, WIDTH)
+            acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+            total = tl.zeros((QUERIES,), tl.float32)
+            if LOOP == 0:
+                scores, peak = all_scores(q, ks, n, scale * LOG2E, qkv, KEYS, QUERIES, WIDE)
+                for i in tl.static_range(len(scores)):
+                    p = tl.exp2(scores[i] - peak[:, None])
+                    total += tl.sum(p, 1)
+                    acc = dot(p, vs[i], acc, qkv, WIDE)
+            else:
+                peak = tl.full((QUERIES,), float("-inf"), tl.float32)
+                for at in range(0, n, LOOP):
+                    key = at + tl.arange(0, LOOP)
+                    k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH)
+                    p, fade, peak = online(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, WIDE), peak)
+                    total = total * fade + tl.sum(p, 1)
+                    v = load(v_ptr, key, n, x_row, x_channel, D, WIDTH)
+                    acc = dot(p, v, acc * fade[:, None], qkv, WIDE)
+            store(out + base * H * D + head * D, acc / total[:, None], row, n, H * D, D, WIDTH)
+
+
+def refuses(device: torch.device, dtype: torch.dtype, *, fits: bool = True, **_) -> str | None:
+    """Why `launch` cannot serve, or None. fits: whether the heads' width is one of WIDTHS."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"no kernel for {dtype}"
+    return None if fits else f"the heads' width is not a multiple of 16 in {WIDTHS[0]}..{WIDTHS[-1]}"
+
+
+def fits_on_chip(N: int, D: int) -> bool:
+    """Whether the keys and values of a head, in 16 bits, leave room in 99 KiB of shared memory."""
+    return N <= ONE_PASS and N * triton.next_power_of_2(D) <= ONE_PASS * 64
+
+
+def without_matrices(dtype: torch.dtype, arch: int, D: int) -> tuple[int, int] | None:
+    """Rows of a tile and warps that leave registers free where Triton multiplies without matrix instructions; None elsewhere."""
+    if dtype != torch.float32 and arch >= 80:
+        return None
+    return (32, 4) if D <= 64 and arch >= 80 else (16, 8)
+
+
+def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int = 197, D: int = 64) -> dict:
+    """queries: rows of a tile; spans: tiles a program does one after the other; keys: 0 for one pass, or those of a step."""
+    if small := without_matrices(dtype, arch, D):
+        return {"queries": small[0], "spans": 1, "keys": small[0], "num_warps": small[1], "num_stages": 1}
+    one = fits_on_chip(N, D)
+    many = one and B * H >= 512  # enough heads to fill a card: read the keys of each once
+    rows = 32 if many and arch not in (90, 100) else 64  # what is kept over the queries leaves fewer registers for their scores
+    return {"queries": rows, "spans": triton.cdiv(N, rows) if many else 1, "keys": 0 if one else 64 if D <= 64 else 32,
+            "num_warps": 4, "num_stages": 2}
+
+
+def candidates(dtype: torch.dtype, arch: int, **shape) -> list[dict]:
+    """What is worth timing, the default first."""
+    first = default(dtype, arch, **shape)
+    if without_matrices(dtype, arch, shape.get("D", 64)):
+        found = [first | {"queries": q, "keys": k, "num_warps": w} for q, k, w in ((16, 16, 4), (32, 16, 4), (32, 32, 8), (64, 32, 8))]
+    else:
+        every = triton.cdiv(shape.get("N", 197), 32)
+        found = [first | {"spans": s} for s in {1, 2, triton.cdiv(every, 2)}]
+        found += [first | {"queries": 32, "spans": s, "num_warps": w} for s, w in ((1, 2), (1, 4), (every, 2), (every, 4))]
+        found += [first | {"queries": q, "keys": k, "spans": 1} for q, k in ((64, 32), (64, 64), (128, 64))]
+    return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
+
+
+def arguments(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int) -> tuple[tuple, dict]:
+    """(B, T, N, H) and the constants that every kernel takes."""
+    D = qkv.shape[-1] // (3 * num_heads)
+    packed = cu_seqlens is not None
+    B, N = (cu_seqlens.shape[0] - 1, max_seqlen) if packed else qkv.shape[:2]
+    return (B, qkv.shape[0] if packed else B * N, N, num_heads), {
+        "D": D, "WIDTH": triton.next_power_of_2(D), "PACKED": packed,
+        "WIDE": bool(triton.knobs.runtime.interpret)}  # the interpreter keeps bfloat16 as bits and would multiply those
+
+
+def keys_of(N: int, step: int) -> dict:
+    """One pass over N rounded up to 16, or a loop where that is asked for or N is too long."""
+    one = not step and N <= ONE_PASS
+    return {"KEYS": triton.cdiv(N, 16) * 16 if one else 0, "LOOP": 0 if one else step or 64}
+
+
+def chosen(op: str, otherwise, qkv: Tensor, B: int, H: int, N: int, D: int) -> dict:
+    """The configuration tuned for the nearest shape, or otherwise(dtype, arch, **shape)."""
+    arch, shape = configs.capability(qkv.device), {"B": B, "H": H, "N": N, "D": D}
+    return configs.nearest(op, arch, qkv.dtype, tuple(shape.items())) or otherwise(qkv.dtype, arch, **shape)
+
+
+def in_float(qkv: Tensor) -> bool:
+    """Whether to compute in float32: without matrix instructions Triton multiplies halves in ever more registers, and spills."""
+    return configs.capability(qkv.device) < 80 and qkv.dtype != torch.float32
+
+
+def on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def launch(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float, config: dict | None = None) -> Tensor:
+    """`vitprune.ops.short_attention`; config: as `default` gives."""
+    out = qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
+    (B, T, N, H), constants = arguments(qkv, num_heads, cu_seqlens, max_seqlen)
+    if B * N == 0 or T == 0:
+        return out.zero_()
+    if in_float(qkv):
+        return launch(qkv.float(), num_heads, cu_seqlens, max_seqlen, scale, config).to(qkv.dtype)
+    config = config or chosen(OP, default, qkv, B, H, N, constants["D"])
+    span = config["queries"] * config["spans"]
+    with on(qkv.device):
+        forward_kernel[(B * H * triton.cdiv(N, span),)](
+            qkv, out, None if cu_seqlens is None else cu_seqlens.contiguous(), B, T, N, H, scale,
+            *(qkv.stride() if cu_seqlens is None else (0, *qkv.stride())),
+            QUERIES=config["queries"], SPAN=span, **keys_of(N, config["keys"]), **constants,
+            num_warps=config["num_warps"], num_stages=config["num_stages"])
+    return out
