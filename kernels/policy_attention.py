@@ -210,10 +210,15 @@ def query_gradient_kernel(
 
 def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
     """Tiles and warps of the forward pass, and of both kernels of the backward pass."""
-    wide = dtype == torch.float32 or shape["D"] > 64
-    if arch < 80:
-        return {"queries": 32, "keys": 32, "num_warps": 4, "backward_queries": 32, "backward_keys": 32, "backward_warps": 4}
-    return {"queries": 64, "keys": 32, "num_warps": 4, "backward_queries": 32, "backward_keys": 32 if wide else 64, "backward_warps": 4}
+    wide = shape["D"] > 64
+    if arch < 80 or (dtype == torch.float32 and wide):  # what spills nowhere
+        queries, keys, warps, backward = 16, 16, 8, (16, 16, 8)
+    elif dtype == torch.float32:
+        queries, keys, warps, backward = 32, 32, 8, (32, 32, 8)
+    else:
+        queries, keys, warps, backward = 64, 32, 8 if wide else 4, (32, 32 if wide else 64, 4)
+    return {"queries": queries, "keys": keys, "num_warps": warps,
+            **dict(zip(("backward_queries", "backward_keys", "backward_warps"), backward))}
 
 
 def candidates(dtype: torch.dtype, arch: int, **shape: int) -> list[dict]:
