@@ -40,7 +40,7 @@ def calls(functions: dict, args: list, ups: list, backward: bool) -> tuple[dict,
     for name, function in functions.items():
         def call(function=function):
             out = function(*args)
-            return torch.autograd.grad(out, args, ups) if backward else out
+            return torch.autograd.grad(out, args, ups, allow_unused=True) if backward else out
         try:
             if isinstance(function, str):
                 raise RuntimeError(function)

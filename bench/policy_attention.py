@@ -1,0 +1,80 @@
+"""policy_attention beside plain PyTorch: `python -m bench.policy_attention [DEVICE]` prints JSON."""
+import functools
+import json
+import statistics
+import sys
+
+import torch
+from torch.nn import functional as F
+
+from bench.add_norm import calls
+from bench.short_attention import HEADS, LIMITS, heads, merged
+from vitprune.bench import DTYPES, interleave, machine
+from vitprune.ops import backend, policy_attention, registry
+
+
+def shapes(device: torch.device):
+    """(B, N, H): DynamicViT trains at the full number of tokens."""
+    if device.type != "cuda":
+        return [(1, 197, 3), (8, 197, 6)]
+    return [(B, N, H) for H in HEADS.values() for B in (1, 8, 32, 128, 512) for N in ((197, 577) if B == 32 else (197,))]
+
+
+def ours(x, policy, H: int, name: str):
+    with backend(name):
+        return merged(policy_attention(*heads(x, H), policy))
+
+
+def masked(x, policy, H: int):
+    """The library's call with a mask: neither eps nor a gradient for the policy, a bound on what can be reached."""
+    q, k, v = heads(x, H)
+    mask = (policy > 0)[:, None, None, :] | torch.eye(policy.shape[1], dtype=torch.bool, device=x.device)
+    return merged(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def flex(x, policy, H: int):
+    """FlexAttention adds log(policy + tiny): close where the policy is kept away from 0, without the eps of the definition."""
+    from torch.nn.attention.flex_attention import flex_attention
+    bias = (policy + 1e-6).log()
+    return merged(flex_attention(*heads(x, H), score_mod=lambda s, b, h, i, j: torch.where(i == j, s, s + bias[b, j])))
+
+
+def candidates(device: torch.device, dtype: torch.dtype) -> dict:
+    """Name -> function(x, policy, H), or the reason why there is none."""
+    eager = functools.partial(ours, name="reference")
+    return {"eager": eager, "compiled": torch.compile(eager, dynamic=False), "sdpa mask": masked,
+            "flex": torch.compile(flex, dynamic=False), "triton": registry.table("policy_attention", device, dtype)["triton"] or functools.partial(ours, name="triton")}
+
+
+def rows(device: torch.device, min_time: float = 0.05):
+    """A row a shape, dtype and direction: milliseconds, bytes that must move, MACs, and the share of the card's limit."""
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    limit = next((v for k, v in LIMITS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
+    for kind in ("float32", "bfloat16") if device.type != "cuda" else DTYPES:
+        for B, N, H in shapes(device):
+            torch._dynamo.reset()  # one shape's graphs do not count against the next one's
+            functions = candidates(device, DTYPES[kind])
+            x = torch.randn(B, N, 3 * H * 64, device=device).to(DTYPES[kind])
+            policy = (torch.rand(B, N, device=device) < 0.7).to(DTYPES[kind])
+            up = torch.randn(B, N, H * 64, device=device).to(DTYPES[kind])
+            for backward in (False, True):
+                inputs = [x.requires_grad_(backward), policy.requires_grad_(backward)]
+                with torch.set_grad_enabled(backward):
+                    bound = {n: f if isinstance(f, str) else functools.partial(f, H=H) for n, f in functions.items()}
+                    ready, refused = calls(bound, inputs, up, backward)
+                    times = interleave(ready, min_time=min_time, synchronise=synchronise)
+                ms = {n: statistics.median(t) for n, t in times.items()}
+                moved = up.nbytes * (4 + 8 * backward)  # q, k, v, out; backward: q, k, v, out, dout and the three gradients
+                macs = 2 * B * H * N * N * 64 * (3.5 if backward else 1)  # backward: five products of that size where the forward has two
+                row = {"B": B, "N": N, "H": H, "dtype": kind, "pass": "forward+backward" if backward else "forward", "bytes": moved,
+                       "macs": macs, "ms": ms, "spread_ms": {n: [min(t), max(t)] for n, t in times.items()},
+                       "unavailable": {n: r[:160] for n, r in refused.items()}}
+                if limit and kind != "float32":
+                    least = 1e3 * max(moved / limit[0], 2 * macs / limit[1])
+                    row["share_of_limit"] = {n: least / t for n, t in ms.items()}
+                yield row
+
+
+if __name__ == "__main__":
+    where = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps({"machine": machine(str(where)), "device": str(where), "rows": list(rows(where))}, indent=2))
