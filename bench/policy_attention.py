@@ -41,9 +41,9 @@ def flex(x, policy, H: int):
 
 def candidates(device: torch.device, dtype: torch.dtype) -> dict:
     """Name -> function(x, policy, H), or the reason why there is none."""
-    eager = functools.partial(ours, name="reference")
+    eager, reason = functools.partial(ours, name="reference"), registry.table("policy_attention", device, dtype)["triton"]
     return {"eager": eager, "compiled": torch.compile(eager, dynamic=False), "sdpa mask": masked,
-            "flex": torch.compile(flex, dynamic=False), "triton": registry.table("policy_attention", device, dtype)["triton"] or functools.partial(ours, name="triton")}
+            "flex": torch.compile(flex, dynamic=False), "triton": reason or functools.partial(ours, name="triton")}
 
 
 def rows(device: torch.device, min_time: float = 0.05):
