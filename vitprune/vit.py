@@ -117,7 +117,7 @@ class _Pruned:
         else:
             if self.tokens.score == "predictor":
                 self._warn_untrained()
-                scores = self.score_predictor[stage](x[:, P:])[..., 0]
+                scores = ops.score_tokens(x[:, P:], self.score_predictor[stage])
             elif self.tokens.score == "cls_attention":
                 scores = scores[:, P:]
             else:
@@ -132,8 +132,8 @@ class _Pruned:
         P, x, before = self.num_prefix_tokens, state.x, None
         if state.cu_seqlens is not None:
             x, before = ops.expand_rows(x, state.cu_seqlens, state.mask), state.mask[:, P:]
-        score = self.score_predictor[stage](x[:, P:], before)[..., 0]
-        keep = score > torch.tensor(self.tokens.threshold, device=x.device).log()
+        score = ops.score_tokens(x[:, P:], self.score_predictor[stage], before)
+        keep = score > torch.tensor(self.tokens.threshold, device=x.device).logit()
         if before is not None:
             keep, score = keep & before, score.masked_fill(~before, -torch.inf)
         if self.tokens.min_keep:
