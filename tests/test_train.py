@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from vitprune import BlockPruning, TokenPruning, prune
+from vitprune import BlockPruning, Cubic, TokenPruning, prune
 from vitprune.digits import TensorLoader
 from vitprune.evaluate import evaluate, teach
 from vitprune.step import NonFiniteLoss, parameter_groups, soft_target
@@ -58,6 +58,23 @@ def test_training_repeats_bit_for_bit_and_leaves_the_callers_random_state():
     torch.set_rng_state(state)
     train(model, loaders(), replace(CONFIG, epochs=1))
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_mixed_precision_follows_full_precision(dtype):
+    """Weights stay float32; float16 gradients are scaled."""
+    def once(amp):
+        blocks = BlockPruning(heads=0.5, hidden=0.5, granularity=16, method="movement", schedule=Cubic(0.3, 0.3))
+        torch.manual_seed(1)
+        model, dense = prune(vit(), TokenPruning(0.7, at=(1, 2, 3)), blocks), vit()
+        history = train(model, loaders(192), replace(CONFIG, epochs=4, amp=amp, ramp_tokens=True, ema=0.9), dense)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        return model, torch.tensor([[record[name] for name in ("loss", "classification", "ratio", "distillation", "tokens")]
+                                    for record in history])
+
+    (_, plain), (model, mixed) = once("off"), once(dtype)
+    torch.testing.assert_close(mixed, plain, rtol=0.05, atol=0.02)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
 def test_frozen_backbone_keeps_its_bits_and_predictors_learn():
