@@ -1,0 +1,99 @@
+"""How much of a forward pass and of a training step each operator takes: `python -m bench.shares [DEVICE]` prints JSON.
+
+Every call that a pruned DeiT makes (tokens 0.7; half of heads and hidden blocks masked) is recorded with its arguments and timed
+by itself, forward alone in evaluation and with its gradients in training; its share is of the whole pass, timed beside it.
+"""
+import contextlib
+import functools
+import json
+import statistics
+import sys
+from dataclasses import replace
+
+import torch
+
+from vitprune import BlockPruning, TokenPruning, prune
+from vitprune.bench import interleave, machine
+from vitprune.ops import registry
+from vitprune.step import Run
+from vitprune.train import TrainConfig
+
+
+@contextlib.contextmanager
+def recorded():
+    """[(operator, backend, arguments)] of what is called inside."""
+    seen, tables = [], dict(registry.TABLES)
+
+    def watch(op, backend):
+        def run(*args):
+            seen.append((op, backend, args))
+            return backend.run(*args)
+        return replace(backend, run=run)
+
+    registry.TABLES.update({op: {name: watch(op, b) for name, b in table.items()} for op, table in tables.items()})
+    try:
+        yield seen
+    finally:
+        registry.TABLES.update(tables)
+
+
+def alone(op: str, backend, args, training: bool):
+    """One call as the model makes it; in training with the gradients that the model asks for."""
+    run = functools.partial(registry.call, op, backend.name)
+    if not training:
+        return lambda: run(*args)
+    args = [a.detach().requires_grad_(a.requires_grad or not backend.composite and a.is_floating_point())  # a kernel sees no graph
+            if isinstance(a, torch.Tensor) else a for a in args]
+    wanted = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+
+    def both():
+        out = run(*args)
+        out = [t for t in (out if isinstance(out, tuple) else (out,)) if t.requires_grad]
+        torch.autograd.grad(out, wanted, [torch.ones_like(t) for t in out], allow_unused=True)
+    return both if wanted else lambda: run(*args)
+
+
+def shares(name: str, batch: int, device: torch.device, training: bool) -> list[dict]:
+    """A row for each operator and one, "all", for the whole pass."""
+    import timm
+    torch.manual_seed(0)
+    dense = timm.create_model(name).to(device).eval()
+    model = prune(dense, TokenPruning(0.7), BlockPruning(0.5, 0.5, method="magnitude")).to(device).eval()
+    images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+    trainer = Run(model, TrainConfig(backbone_frozen_epochs=0), 1000, dense) if training else None
+
+    def whole():
+        with contextlib.nullcontext() if training else torch.inference_mode():
+            return trainer.step(0, images, labels) if training else model(images)
+
+    with recorded() as seen:
+        whole()
+    merged: dict[tuple, list] = {}  # calls alike in shape are timed once
+    for op, backend, args in seen:
+        shape = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else type(a).__name__ for a in args)
+        merged.setdefault((op, shape), []).append((backend, args))
+    functions = {key: alone(key[0], *found[0], training) for key, found in merged.items()}
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    with contextlib.nullcontext() if training else torch.inference_mode():
+        times = interleave({"all": whole, **functions}, min_time=0.02, synchronise=synchronise)
+    ms = {key: statistics.median(values) for key, values in times.items()}
+    row = {"model": name, "batch": batch, "phase": "training step" if training else "forward"}
+    rows = [row | {"operator": "all", "ms": ms["all"], "share": 1.0}]
+    for op in sorted({op for op, _ in merged}):
+        count = {key: len(found) for key, found in merged.items() if key[0] == op}
+        total = sum(ms[key] * n for key, n in count.items())
+        rows.append(row | {"operator": op, "calls": sum(count.values()), "ms": total, "share": total / ms["all"]})
+    return rows
+
+
+def main(device: str) -> dict:
+    """Rows over DeiT-S and DeiT-B, in evaluation and in training."""
+    device = torch.device(device)
+    batches = (1, 128) if device.type == "cuda" else (1, 8)
+    rows = [row for name in ("deit_small_patch16_224", "deit_base_patch16_224") for training, batch in
+            ((False, batches[0]), (False, batches[1]), (True, batches[1])) for row in shares(name, batch, device, training)]
+    return {"machine": machine(str(device)), "rows": rows}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1] if len(sys.argv) > 1 else "cpu"), indent=1))
