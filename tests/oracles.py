@@ -42,3 +42,13 @@ def within_twice(got, reference, truth):
     """The error is at most twice that of the plain implementation in the same dtype (+1e-5)."""
     error = lambda t: (t.double() - truth).abs().max().item() if t.numel() else 0.0  # noqa: E731
     assert error(got) <= 2 * error(reference) + 1e-5
+
+
+def within_twice_unless_lucky(got, reference, truth):
+    """`within_twice`; whether it held only because the reference is taken to err by no less than rounding the largest value can cost."""
+    try:
+        within_twice(got, reference, truth)
+    except AssertionError:  # of a few values the reference may round every one luckily
+        within_twice(got, truth + truth.abs().max().log2().floor().exp2() * torch.finfo(got.dtype).eps / 2, truth)
+        return True
+    return False

@@ -1,9 +1,14 @@
+"""sliced_linear: the masked dense layer, forward and gradients, in every backend."""
 import numpy as np
 import pytest
 import torch
-from oracles import check_operator
+from hypothesis import strategies as st
+from kernel_checks import ARCHS, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
+from oracles import check_operator, within_twice_unless_lucky
 
 from vitprune import ops
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def inputs(live, side):
@@ -46,3 +51,114 @@ def test_dead_weights_get_exactly_zero(side):
     ops.sliced_linear(x, w, b, live, side=side, width=2).square().sum().backward()
     dead = w.grad[2:6] if side == "out" else w.grad[:, 2:6]
     assert not dead.any() and w.grad.abs().sum() > 0
+
+
+@st.composite
+def cases(draw, real: bool):
+    width = 64 if real else draw(st.sampled_from((16, 32, 48)))
+    blocks = 3 if real else draw(st.integers(1, 4))
+    live = draw(st.permutations(range(blocks)))[:draw(st.integers(0, blocks))]
+    batch = draw(st.integers(1, 2)) if real else draw(st.integers(0, 3))
+    shape = (batch, draw(st.integers(64, 260)) if real else draw(st.integers(0, 40)))
+    return {"shape": shape, "other": 192 if real else draw(st.integers(1, 50)), "width": width, "blocks": blocks, "live": live,
+            "side": draw(st.sampled_from(("in", "out"))), "bias": draw(st.booleans()), "real": real,
+            "dtype": draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32))), "seed": draw(st.integers(0, 2 ** 32 - 1))}
+
+
+def describe(case):
+    return [str(case["dtype"]), case["side"], f"width={case['width']}", f"live={len(case['live'])}/{case['blocks']}",
+            *(k for k in ("bias", "real") if case[k])]
+
+
+def tensors_of(case, device):
+    """([x, w, b], live, gradient of the output)"""
+    rng, out = np.random.default_rng(case["seed"]), case["side"] == "out"
+
+    def random(*shape, vary=True):
+        t = torch.from_numpy(rng.standard_normal(shape)).to(device, case["dtype"])
+        return layout(t, rng) if vary else t
+    full, kept = case["blocks"] * case["width"], len(case["live"]) * case["width"]
+    w, other = random(full, case["other"]) if out else random(case["other"], full), case["other"]
+    live = torch.tensor(case["live"], dtype=torch.int32, device=device)
+    bias = random(w.shape[0], vary=False) if case["bias"] else None
+    return [random(*case["shape"], other if out else kept), w, bias], live, random(*case["shape"], kept if out else other)
+
+
+def run(name, tensors, live, up, case, cast=lambda t: t):
+    """The output and every gradient."""
+    leaves = [t if t is None else cast(t).detach().requires_grad_() for t in tensors]
+    with ops.backend(name):
+        y = ops.sliced_linear(*leaves, live, side=case["side"], width=case["width"])
+    wanted = [t for t in leaves if t is not None]
+    return y.detach(), *torch.autograd.grad(y, wanted, cast(up))
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton(device, count):
+    lucky = []
+
+    def check(case):
+        tensors, live, up = tensors_of(case, device)
+        got, plain = (run(name, tensors, live, up, case) for name in ("triton", "reference"))
+        for a, b, c in zip(got, plain, run("reference", tensors, live, up, case, torch.Tensor.double), strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            lucky.append(within_twice_unless_lucky(a, b, c))
+        units = [u for u in range(case["blocks"] * case["width"]) if u // case["width"] not in case["live"]]
+        assert not got[2].index_select(0 if case["side"] == "out" else 1, torch.tensor(units, device=device, dtype=torch.long)).any()
+    explore(check, cases(False), cases(True), count, describe)
+    assert sum(lucky) <= len(lucky) // 100
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_triton_configurations_and_determinism(side, device):
+    """Every configuration that may be timed computes the same, and twice the same bits."""
+    from vitprune.kernels import sliced_linear as triton
+    case = {"shape": (1, 150), "other": 96, "width": 32, "blocks": 4, "live": [2, 0, 3], "side": side, "bias": True, "dtype": torch.float16,
+            "seed": 0}
+    (x, w, b), live, up = tensors_of(case, device)
+    truth = run("reference", [x, w, b], live, up, case, torch.Tensor.double)
+    for arch in (75, 90):
+        for config in triton.candidates(torch.float16, arch, M=150, C=96, L=96):
+            got, again = ((triton.launch(x, w, b, live, side, 32, config), *triton.launch_backward(up, x, w, live, side, 32, config))
+                          for _ in range(2))
+            for a, same, c in zip(got, again, truth, strict=True):
+                assert torch.equal(a, same)
+                torch.testing.assert_close(a.double(), c, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton_is_registered(device):
+    case = {"shape": (2, 3), "other": 5, "width": 16, "blocks": 3, "live": [2, 0], "bias": True, "dtype": torch.float32, "seed": 0}
+    for side in ("out", "in"):
+        (x, w, b), live, _ = tensors_of(case | {"side": side}, device)
+        check_operator(torch.ops.vitprune.sliced_linear.default, [t.requires_grad_() for t in (x, w, b)] + [live, side, 16, "triton"])
+    with pytest.raises(RuntimeError, match="no kernel for blocks of width 8: a multiple of 16 is needed"), ops.backend("triton"):
+        ops.sliced_linear(x[..., :8], w[:, :8], b, live[:1], side="in", width=8)
+    with pytest.raises(ValueError, match="sliced_linear: w must be torch.float32 as x, got torch.float16"), ops.backend("triton"):
+        ops.sliced_linear(x, w.half(), b, live, side="in", width=16)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the compiler is off under the interpreter")
+@pytest.mark.parametrize("arch", [arch if arch in (75, 90) else pytest.param(arch, marks=pytest.mark.long) for arch in ARCHS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_triton_compiles(side, dtype, arch, monkeypatch):
+    """DeiT-S, half of its heads: no spills, tensor cores where there are some."""
+    triton = pytest.importorskip("vitprune.kernels.sliced_linear")
+    from vitprune.kernels import sliced_product
+    live, out = torch.arange(3, dtype=torch.int32), side == "out"
+    x, up = torch.empty(8, 197, 384 if out else 192, dtype=dtype), torch.empty(8, 197, 192 if out else 384, dtype=dtype)
+    w, b = torch.empty(384, 384, dtype=dtype), torch.empty(384, dtype=dtype)
+    monkeypatch.setattr(triton.configs, "capability", lambda device: arch)
+
+    def call():
+        triton.launch(x, w, b, live, side, 64)
+        triton.launch_backward(up, x, w, live, side, 64)
+    for kernel, args, options in record(monkeypatch, sliced_product, call):
+        built = compile_launch(kernel, args, options, arch)
+        print(kernel.__name__, arch, dtype, {k: built[k] for k in ("registers", "spills", "shared")})
+        assert built["spills"] == 0 and built["shared"] <= SHARED[arch]
+        if kernel is sliced_product.product_kernel and dtype != torch.float32 and arch >= 80:
+            assert "wgmma" in built["ptx"] if arch == 90 and options["ROWS"] >= 64 else "mma" in built["ptx"]

@@ -1,9 +1,14 @@
+"""sliced_mlp: the masked dense MLP, forward and gradients, in every backend."""
 import numpy as np
 import pytest
 import torch
-from oracles import check_operator, gelu
+from hypothesis import strategies as st
+from kernel_checks import ARCHS, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
+from oracles import check_operator, gelu, within_twice_unless_lucky
 
 from vitprune import ops
+
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def inputs():
@@ -36,3 +41,106 @@ def test_dead_units_get_exactly_zero():
     ops.sliced_mlp(x, w1, b1, w2, b2, torch.tensor([0, 3], dtype=torch.int32), width=2).square().sum().backward()
     assert not w1.grad[2:6].any() and not b1.grad[2:6].any() and not w2.grad[:, 2:6].any()
     assert w1.grad[:2].all() and w2.grad[:, 6:].all()
+
+
+@st.composite
+def cases(draw, real: bool):
+    blocks = 4 if real else draw(st.integers(1, 4))
+    live = draw(st.permutations(range(blocks)))[:draw(st.integers(0, blocks))]
+    shape = (1, draw(st.integers(64, 260))) if real else (draw(st.integers(0, 3)), draw(st.integers(0, 40)))
+    return {"shape": shape, "C": draw(st.sampled_from((64, 128))) if real else draw(st.integers(1, 50)), "blocks": blocks, "live": live,
+            "width": 64 if real else draw(st.sampled_from((16, 32, 48))), "real": real,
+            "b1": draw(st.booleans()), "b2": draw(st.booleans()), "residual": draw(st.booleans()),
+            "dtype": draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32))), "seed": draw(st.integers(0, 2 ** 32 - 1))}
+
+
+def describe(case):
+    return [str(case["dtype"]), f"width={case['width']}", f"live={len(case['live'])}/{case['blocks']}",
+            *(k for k in ("b1", "b2", "residual", "real") if case[k])]
+
+
+def tensors_of(case, device):
+    """([x, w1, b1, w2, b2, residual], live, gradient of the output); weights of a deviation that leaves the GELU in its bend."""
+    rng, hidden, C = np.random.default_rng(case["seed"]), case["blocks"] * case["width"], case["C"]
+
+    def random(*shape, scale=1.0, vary=True):
+        t = torch.from_numpy(scale * rng.standard_normal(shape)).to(device, case["dtype"])
+        return layout(t, rng) if vary else t
+    x, up = random(*case["shape"], C), random(*case["shape"], C)
+    w1, w2 = random(hidden, C, scale=C ** -0.5), random(C, hidden, scale=hidden ** -0.5)
+    b1, b2 = random(hidden, vary=False) if case["b1"] else None, random(C, vary=False) if case["b2"] else None
+    residual = random(*case["shape"], C) if case["residual"] else None
+    return [x, w1, b1, w2, b2, residual], torch.tensor(case["live"], dtype=torch.int32, device=device), up
+
+
+def run(name, tensors, live, up, width, cast=lambda t: t):
+    """The output and every gradient."""
+    leaves = [t if t is None else cast(t).detach().requires_grad_() for t in tensors]
+    with ops.backend(name):
+        y = ops.sliced_mlp(*leaves[:5], live, width=width, residual=leaves[5])
+    return y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], cast(up), materialize_grads=True)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton(device, count):
+    lucky = []
+
+    def check(case):
+        tensors, live, up = tensors_of(case, device)
+        got, plain = (run(name, tensors, live, up, case["width"]) for name in ("triton", "reference"))
+        for a, b, c in zip(got, plain, run("reference", tensors, live, up, case["width"], torch.Tensor.double), strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            lucky.append(within_twice_unless_lucky(a, b, c))
+        dead = torch.tensor([u for u in range(case["blocks"] * case["width"]) if u // case["width"] not in case["live"]],
+                            device=device, dtype=torch.long)
+        assert not got[2].index_select(0, dead).any() and not got[4 if case["b1"] else 3].index_select(1, dead).any()
+    explore(check, cases(False), cases(True), count, describe)
+    assert sum(lucky) <= len(lucky) // 100
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton_is_registered(device):
+    case = {"shape": (2, 3), "C": 8, "width": 16, "blocks": 3, "live": [2, 0], "b1": True, "b2": True, "residual": True,
+            "dtype": torch.float32, "seed": 0}
+    (x, w1, b1, w2, b2, r), live, up = tensors_of(case, device)
+    args = [t.requires_grad_() for t in (x, w1, b1, w2, b2)] + [live, r.requires_grad_(), 16, "triton"]
+    check_operator(torch.ops.vitprune.sliced_mlp.default, args)
+    with ops.backend("triton"), pytest.raises(ValueError, match="sliced_mlp: w must be torch.float32 as x, got torch.float16"):
+        ops.sliced_mlp(x, w1, b1, w2.half(), b2, live, width=16)
+
+
+@pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=[pytest.mark.interpreter, pytest.mark.skipif(
+    not INTERPRETED, reason="TRITON_INTERPRET=1")])])
+def test_the_residual_keeps_its_precision(name):
+    """Under autocast the products are of bfloat16, the stream they are added to stays float32."""
+    x, w1, b1, w2, b2 = (t.float() for t in inputs())
+    big, live = torch.full_like(x, 2.0 ** 12 + 0.25), torch.arange(1, dtype=torch.int32)
+    w1, w2, b1 = torch.randn(16, 5), torch.zeros(5, 16), torch.randn(16)
+    with ops.backend(name), torch.autocast("cpu", torch.bfloat16):
+        y = ops.sliced_mlp(x, w1, b1, w2, b2, live, width=16, residual=big)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, big + b2.bfloat16().float(), rtol=0, atol=1e-3)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the compiler is off under the interpreter")
+@pytest.mark.parametrize("arch", [arch if arch in (75, 90) else pytest.param(arch, marks=pytest.mark.long) for arch in ARCHS])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("batch", [1, 32])
+def test_triton_compiles(batch, dtype, arch, monkeypatch):
+    """DeiT-B, half of its hidden blocks: no spills, tensor cores where there are some."""
+    triton = pytest.importorskip("vitprune.kernels.sliced_mlp")
+    from vitprune.kernels import sliced_linear, sliced_product
+    live, x = torch.arange(0, 48, 2, dtype=torch.int32), torch.empty(batch, 197, 768, dtype=dtype)
+    w1, b1, w2, b2 = (torch.empty(s, dtype=dtype) for s in ((3072, 768), 3072, (768, 3072), 768))
+    monkeypatch.setattr(sliced_linear.configs, "capability", lambda device: arch)
+
+    def call():
+        triton.launch(x, w1, b1, w2, b2, live, x, 64)
+        triton.launch_backward(x, x, w1, b1, w2, live, 64)
+    for kernel, args, options in record(monkeypatch, sliced_product, call):
+        built = compile_launch(kernel, args, options, arch)
+        print(kernel.__name__, arch, dtype, {k: built[k] for k in ("registers", "spills", "shared")})
+        assert built["spills"] == 0 and built["shared"] <= SHARED[arch]
+        if kernel is sliced_product.product_kernel and dtype != torch.float32 and arch >= 80:
+            assert "wgmma" in built["ptx"] if arch == 90 and options["ROWS"] >= 64 else "mma" in built["ptx"]

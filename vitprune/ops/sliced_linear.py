@@ -49,6 +49,9 @@ def reference(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, side: str, w
 
 def _backward(dy, x, w, live, side: str, width: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw, db; dead blocks of dw and db are zero."""
+    if backend == "triton":
+        from ..kernels import sliced_linear as triton
+        return triton.launch_backward(dy, x, w, live, side, width)
     index, dim = block_index(live, width), 1 if side == "in" else 0
     flat_y, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dw = torch.zeros_like(w).index_copy(dim, index, (flat_y.t() @ flat_x).to(w.dtype))
@@ -86,4 +89,20 @@ define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w, Tensor live, str side,
        _backward, lambda dy, x, w, live, side, width, backend: (torch.empty_like(x), torch.empty_like(w), w.new_empty(w.shape[0])),
        macs=lambda dy, x, w, live, side, width, *_: 2 * _macs(x, w, None, live, side, width))
 gradient(OP, _gradient, _setup)
-serve(OP, Backend("reference", reference, composite=True))
+
+
+def _triton(*args):  # Triton is slow to import: only when it is asked for
+    from ..kernels import sliced_linear as triton
+    return triton.launch(*args)
+
+
+def _triton_refuses(device, dtype, **facts) -> str | None:
+    from .. import kernels
+    if reason := kernels.reason(device):
+        return reason
+    from ..kernels import sliced_linear as triton
+    return triton.refuses(device, dtype, **facts)
+
+
+# On a GPU nothing has been measured, so PyTorch's own calls come first.
+serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))

@@ -27,7 +27,10 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     check_live(OP, live, hidden // width, x.device)
     out = (*x.shape[:-1], w2.shape[0])
     residual is None or residual.shape == out or fail(OP, "residual", f"{out}", residual if residual is None else residual.shape)
-    return call(OP, choose(OP, x.device, x.dtype, width=width), x, w1, b1, w2, b2, live, residual, width)
+    name = choose(OP, x.device, x.dtype, width=width)
+    if residual is not None and (residual.dtype != x.dtype or torch.is_autocast_enabled(x.device.type)):  # it keeps its precision
+        return residual + call(OP, name, x, w1, b1, w2, b2, live, None, width)
+    return call(OP, name, x, w1, b1, w2, b2, live, residual, width)
 
 
 def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor,
@@ -41,6 +44,9 @@ def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
 
 def _backward(dy, x, w1, b1, w2, live, width: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2; dead units are zero. The hidden layer is recomputed rather than stored."""
+    if backend == "triton":
+        from ..kernels import sliced_mlp as triton
+        return triton.launch_backward(dy, x, w1, b1, w2, live, width)
     index = block_index(live, width)
     rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     w1_live, w2_live = w1.index_select(0, index), w2.index_select(1, index)
@@ -80,4 +86,20 @@ define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2
                                                         torch.empty_like(w2), w2.new_empty(w2.shape[0])),
        macs=lambda dy, x, w1, b1, w2, live, width, *_: 5 * _macs(x, w1, None, w2, None, live, None, width) // 2)
 gradient(OP, _gradient, _setup)
-serve(OP, Backend("reference", reference, composite=True))
+
+
+def _triton(*args):  # Triton is slow to import: only when it is asked for
+    from ..kernels import sliced_mlp as triton
+    return triton.launch(*args)
+
+
+def _triton_refuses(device, dtype, **facts) -> str | None:
+    from .. import kernels
+    if reason := kernels.reason(device):
+        return reason
+    from ..kernels import sliced_mlp as triton
+    return triton.refuses(device, dtype, **facts)
+
+
+# On a GPU nothing has been measured, so PyTorch's own calls come first.
+serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))

@@ -1,0 +1,185 @@
+"""The matrix product that sliced_linear and sliced_mlp are made of: tiles of live blocks, read from and written to full matrices."""
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .policy_attention import dot
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@triton.jit
+def gelu_parts(x):
+    """The exact GELU of x is x times the first; its derivative is the sum of both."""
+    return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)), x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def place(live, start, LIVE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """Where the tile that starts at `start` among the live units starts among all; no tile crosses a block of WIDTH."""
+    at = start
+    if LIVE:
+        at = tl.load(live + start // WIDTH).to(tl.int64) * WIDTH + start % WIDTH
+    return tl.multiple_of(at, TILE)
+
+
+@triton.jit
+def tile_of(M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """(first row, first column): GROUP tiles below each other run together, and share their columns in the cache."""
+    down, across, pid = tl.cdiv(M, ROWS), tl.cdiv(N, COLUMNS), tl.program_id(0)
+    first = pid // (GROUP * across) * GROUP
+    inside = pid % (GROUP * across)
+    size = tl.minimum(down - first, GROUP)
+    return (first + inside % size).to(tl.int64) * ROWS, (inside // size).to(tl.int64) * COLUMNS
+
+
+@triton.jit(do_not_specialize=["M", "K"])
+def product_kernel(
+    a, b, c, bias, other, live, M, N, K,
+    a_row, a_depth, b_depth, b_column, c_part, c_row, c_column, other_row, other_column,
+    LIVE_ROWS: tl.constexpr, LIVE_COLUMNS: tl.constexpr, FULL_COLUMNS: tl.constexpr, LIVE_DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    EPILOGUE: tl.constexpr, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, EVEN_DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):
+    """c = epilogue(a b + bias); grid (tiles of c, parts of the depth: each part writes a c of its own).
+
+    Live units are numbered 0..L*WIDTH in what is compact, by `live` in what is full: c's rows (LIVE_ROWS), b's columns
+    (LIVE_COLUMNS) or c's (FULL_COLUMNS), b's depth (LIVE_DEPTH).
+    """
+    first_row, first_column = tile_of(M, N, ROWS, COLUMNS, GROUP)
+    row, column, depth = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
+    read = place(live, first_column, LIVE_COLUMNS, WIDTH, COLUMNS) + tl.arange(0, COLUMNS)
+    a_tile = a + row[:, None] * a_row + depth[None, :] * a_depth
+    b_tile = b + depth[:, None] * b_depth + read[None, :] * b_column
+    span = tl.cdiv(tl.cdiv(K, DEPTH), tl.num_programs(1)) * DEPTH
+    start = tl.program_id(1).to(tl.int64) * span
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(start, tl.minimum(start + span, K), DEPTH):
+        a_inside, b_inside = tl.full((ROWS, DEPTH), True, tl.int1), tl.full((DEPTH, COLUMNS), True, tl.int1)
+        if not EVEN_ROWS:
+            a_inside &= (row < M)[:, None]
+        if not EVEN_COLUMNS:
+            b_inside &= (column < N)[None, :]
+        if not EVEN_DEPTH:
+            a_inside &= (depth < K - k)[None, :]
+            b_inside &= (depth < K - k)[:, None]
+        left = tl.load(a_tile + k * a_depth, mask=a_inside, other=0.0)
+        right = tl.load(b_tile + place(live, k, LIVE_DEPTH, WIDTH, DEPTH) * b_depth, mask=b_inside, other=0.0)
+        total = dot(left, right, total)
+    inside = tl.full((ROWS, COLUMNS), True, tl.int1)
+    if not EVEN_ROWS:
+        inside &= (row < M)[:, None]
+    if not EVEN_COLUMNS:
+        inside &= (column < N)[None, :]
+    if bias is not None:
+        total += tl.load(bias + read, mask=column < N, other=0.0).to(tl.float32)[None, :]
+    if other is not None:
+        at = other + row[:, None] * other_row + column[None, :] * other_column
+        second = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        if EPILOGUE == "gelu gradient":
+            share, slope = gelu_parts(second)
+            total *= share + slope
+            tl.store(at, (second * share).to(other.dtype.element_ty), mask=inside)
+        else:
+            total += second
+    if EPILOGUE == "gelu":
+        share, _ = gelu_parts(total)
+        total *= share
+    down = place(live, first_row, LIVE_ROWS, WIDTH, ROWS) + tl.arange(0, ROWS)
+    across = place(live, first_column, FULL_COLUMNS, WIDTH, COLUMNS) + tl.arange(0, COLUMNS)
+    at = c + tl.program_id(1).to(tl.int64) * c_part + down[:, None] * c_row + across[None, :] * c_column
+    tl.store(at, total.to(c.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["P", "M"])
+def sum_parts_kernel(
+    parts, c, live, P, M, N, c_row, c_column,
+    LIVE_ROWS: tl.constexpr, FULL_COLUMNS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """grid (tiles of c): the sum of parts [P, M, N], always in the same order."""
+    first_row, first_column = tile_of(M, N, ROWS, COLUMNS, 1)
+    row, column = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
+    inside = (row < M)[:, None] & (column < N)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for part in range(P):
+        total += tl.load(parts + (part * M.to(tl.int64) + row)[:, None] * N + column[None, :], mask=inside, other=0.0)
+    down = place(live, first_row, LIVE_ROWS, WIDTH, ROWS) + tl.arange(0, ROWS)
+    across = place(live, first_column, FULL_COLUMNS, WIDTH, COLUMNS) + tl.arange(0, COLUMNS)
+    tl.store(c + down[:, None] * c_row + across[None, :] * c_column, total.to(c.dtype.element_ty), mask=inside)
+
+
+def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
+    """Tiles [rows, depth] x [depth, columns], and those of the gradient of weights, whose depth, split into parts so that
+    about `programs` run, is that of the tokens."""
+    names = ("rows", "columns", "depth", "num_warps", "num_stages")
+    if dtype == torch.float32 or arch < 80:
+        tile = weight = (32, 32, 16, 4, 2)
+    else:
+        M = shape.get("M", 0)
+        rows = 128 if M >= 4096 else 64 if M > 512 or arch in (90, 100) else 32  # Hopper's instructions take 64 rows
+        tile, weight = (rows, 64, 64, 4, 3), (64, 64, 64, 4, 3)
+    return dict(zip(names, tile)) | {f"weight_{name}": value for name, value in zip(names, weight)} | {"programs": 256}
+
+
+def candidates(dtype: torch.dtype, arch: int, **shape: int) -> list[dict]:
+    """What is worth timing, the default first."""
+    first, keys = default(dtype, arch, **shape), ("rows", "columns", "depth", "num_warps", "num_stages")
+    tiles = ((32, 64, 32, 4, 2), (64, 32, 32, 4, 2), (64, 64, 16, 8, 2)) if dtype == torch.float32 or arch < 80 else \
+        ((32, 64, 64, 4, 4), (64, 64, 64, 4, 3), (128, 64, 32, 4, 4), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (256, 64, 64, 8, 3))
+    found = [first | dict(zip(keys, tile)) for tile in tiles]
+    found += [first | {"programs": 128}, first | {"programs": 512}, first | {"weight_num_warps": 8}]
+    return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
+
+
+def refuses(device: torch.device, dtype: torch.dtype, *, width: int = 64, **_) -> str | None:
+    """Why the product cannot serve, or None."""
+    if dtype not in DTYPES:
+        return f"no kernel for {dtype}"
+    return None if width % 16 == 0 else f"no kernel for blocks of width {width}: a multiple of 16 is needed"
+
+
+def on(device: torch.device):
+    """The device that a kernel is launched on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor, width: int, config: dict, *, live_rows: bool = False, live_columns: bool = False,
+            full_columns: bool = False, live_depth: bool = False, bias: Tensor | None = None, other: Tensor | None = None,
+            epilogue: str = "") -> Tensor:
+    """c = epilogue(a b + bias) (+ other), where c, b or both hold all units and `live` names the blocks that take part.
+
+    a [M, K]; b [K, N], all units along its depth (live_depth) or columns (live_columns); c [M, N], all units along its rows
+    (live_rows) or columns (full_columns); bias as b's columns; other [M, N] is added, or for the epilogue "gelu gradient" the input of the
+    GELU, which its output replaces. Strides are free. Returns c; what is dead in it is left alone.
+    """
+    M, K = a.shape
+    N = len(live) * width if live_columns else b.shape[1]
+    if M == 0 or N == 0:
+        return c
+    gradient = live_rows or full_columns
+    rows, columns, depth, warps, stages = (config[("weight_" if gradient else "") + k]
+                                           for k in ("rows", "columns", "depth", "num_warps", "num_stages"))
+    inside = width & -width  # the largest tile that divides a block
+    rows = min(rows, inside) if live_rows else rows
+    columns = min(columns, inside) if live_columns or full_columns else columns
+    depth = min(depth, inside) if live_depth else depth
+    tiles, out = triton.cdiv(M, rows) * triton.cdiv(N, columns), c
+    parts = max(1, min(config["programs"] // tiles, triton.cdiv(K, 4 * depth))) if gradient else 1
+    flags = {"LIVE_ROWS": live_rows, "FULL_COLUMNS": full_columns, "WIDTH": width}
+    if parts > 1:
+        out, direct = torch.empty(parts, M, N, dtype=torch.float32, device=c.device), {"LIVE_ROWS": False, "FULL_COLUMNS": False}
+    else:
+        out, direct = c[None], {}
+    product_kernel[(tiles, parts)](
+        a, b, out, bias, other, live, M, N, K, *a.stride(), *b.stride(), *out.stride(), *((0, 0) if other is None else other.stride()),
+        **(flags | direct), LIVE_COLUMNS=live_columns, LIVE_DEPTH=live_depth, EPILOGUE=epilogue, EVEN_ROWS=gradient and M % rows == 0,
+        EVEN_COLUMNS=N % columns == 0, EVEN_DEPTH=not gradient and K % depth == 0, ROWS=rows, COLUMNS=columns, DEPTH=depth, GROUP=8,
+        num_warps=8 if epilogue == "gelu gradient" and rows * columns > 4096 else warps, num_stages=stages)  # it holds two tiles
+    if parts > 1:
+        tile = min(32, inside)
+        sum_parts_kernel[(triton.cdiv(M, tile) * triton.cdiv(N, tile),)](out, c, live, parts, M, N, *c.stride(), **flags,
+                                                                        ROWS=tile, COLUMNS=tile, num_warps=4)
+    return c
