@@ -2,12 +2,16 @@ import copy
 
 import pytest
 import torch
+from kernel_checks import INTERPRETED
 from timm.models.vision_transformer import VisionTransformer
 
 import vitprune
-from vitprune import learned
+from vitprune import learned, ops
 from vitprune.blocks import BlockPruning, parse_spec
+from vitprune.layers import PrunedAttention, PrunedMlp
 from vitprune.learned import Cubic
+from vitprune.step import Run
+from vitprune.train import TrainConfig
 
 
 def small(seed=0, **kwargs):
@@ -124,6 +128,41 @@ def test_dead_block_comes_back_while_the_schedule_runs():
         gate.score[0] = 100
     learned.advance(model, 0.6)
     assert gate.mask[0] == 1
+
+
+@pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=[pytest.mark.interpreter, pytest.mark.skipif(
+    not INTERPRETED, reason="TRITON_INTERPRET=1")])])
+def test_live_units_train_as_their_gates_would(name, monkeypatch):
+    """50 steps of movement pruning, half of them after the choice: scores, masks, losses and weights as with gates to the end."""
+    steps = 50
+    pictures = torch.randn(steps, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(5, (steps, 2), generator=torch.Generator().manual_seed(1))
+
+    def once(backend):
+        torch.manual_seed(0)
+        dense = VisionTransformer(img_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+        blocks = BlockPruning(heads=0.5, hidden=0.5, granularity=16, method="movement", schedule=Cubic(0.1, 0.5), start="zero")
+        model, seen = vitprune.prune(dense, blocks=blocks), []
+        run = Run(model, TrainConfig(epochs=1, warmup_epochs=0, lr=1e-3, score_lr=1e-2, backbone_lr_scale=1.0, backbone_frozen_epochs=0,
+                                     clip_grad=None), steps)
+        with ops.backend(backend):
+            for step in range(steps):
+                seen.append(run.step(step, pictures[step], labels[step]))
+        sliced = [b.mlp.live is not None and b.attn.live is not None for b in model.blocks]
+        return torch.stack(seen), [(g.score.detach().clone(), g.mask.clone()) for g in learned.gates(model)], model.state_dict(), sliced
+
+    losses, gates, weights, sliced = once(name)
+    assert all(sliced)
+    for cls in (PrunedAttention, PrunedMlp):  # the masked reference: nothing is ever sliced
+        monkeypatch.setattr(cls, "set_live", lambda self, live, width=16: self.register_buffer("live", None, persistent=False))
+    expected, expected_gates, expected_weights, sliced = once("reference")
+    assert not any(sliced)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    for (score, mask), (expected_score, expected_mask) in zip(gates, expected_gates, strict=True):
+        assert torch.equal(mask, expected_mask) and 0 < mask.sum() < len(mask)
+        torch.testing.assert_close(score, expected_score, rtol=1e-4, atol=1e-5)
+    for key, value in weights.items():
+        torch.testing.assert_close(value, expected_weights[key], rtol=1e-3, atol=1e-4)
 
 
 def test_density_follows_the_schedule():

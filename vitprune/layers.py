@@ -127,7 +127,7 @@ class PrunedAttention(Attention):
                                                    scale=self.scale)
             q, k = q.transpose(1, 2), k.transpose(1, 2)
             y = y.transpose(1, 2).flatten(2)
-        if self.head_gate is not None:
+        if self.head_gate is not None and self.live is None:  # live heads were chosen: what their gates would do is done
             y = (y.unflatten(-1, (H, self.head_dim)) * self.head_gate().to(y.dtype)[:, None]).flatten(-2)
         out = _drop(self.proj_drop, self._proj(y))
         return (out, _class_attention(q, k, self.scale)) if class_attention else out

@@ -3,8 +3,9 @@
 A head's gate multiplies its output before the projection, a hidden block's gate its units after GELU: a closed gate equals
 removing query, key, value and projection of a head together, or rows of fc1 with their bias and columns of fc2. The score's
 gradient is the gate's: sum of dL/dW * W over the output columns of the unit (movement pruning: Sanh et al., 2020, eq. 3;
-in blocks: Lagunas et al., 2021), for closed gates too, so that a dead block can come back while the schedule runs. When it
-has ended, training leaves the scores alone: what was chosen is fine-tuned and no longer exchanged.
+in blocks: Lagunas et al., 2021), for closed gates too, so that a dead block can come back while the schedule runs: until it has
+ended, dead units are computed as the others. Then training leaves the scores alone: what was chosen is fine-tuned and no longer
+exchanged, and hard gates give way to live units, so that dead ones cost nothing and get no gradient.
 
 Where a model is pruned on the task it was trained for, the mean of that gradient is near zero while nothing is pruned, and the
 scores gather noise. They therefore start from its mean square (Molchanov et al., 2019, eq. 8), gathered in the initial warm-up.
@@ -105,10 +106,13 @@ def advance(model: PrunedViT, progress: float) -> None:
     """Close gates as the schedule asks at `progress` in [0, 1] of the training, in place; nothing where none is learned."""
     if getattr(model, "learning", None) is None:
         return
-    plan = model.learning.choose(model, model.learning.schedule.fraction(progress))
-    for block, (heads, hidden, dims) in zip(model.blocks, plan):
+    fraction = model.learning.schedule.fraction(progress)
+    for block, (heads, hidden, dims) in zip(model.blocks, model.learning.choose(model, fraction)):
         _close(block.attn.head_gate, heads)
         _close(block.mlp.hidden_gate, hidden)
+        chosen = fraction == 1 and dims is None and not block.attn.head_gate.soft
+        block.attn.set_live(heads if chosen else None)
+        block.mlp.set_live(hidden if chosen else None, model.learning.granularity)
         if dims is not None:
             block.attn.dim_gate.mask.zero_().scatter_(-1, dims.to(block.attn.qkv.weight.device), 1.0)
 
@@ -136,10 +140,11 @@ def _close(gate: Gate, live: list[int]) -> None:
 def penalty(model: PrunedViT, progress: float) -> Tensor:
     """What the regulariser adds to the loss at `progress`: lambda_t / kinds * sum over kinds of the mean over layers.
 
-    lambda_t = regulariser * tau_t / tau_final, tau being the density or, with `threshold`, the threshold.
+    lambda_t = regulariser * tau_t / tau_final, tau being the density or, with `threshold`, the threshold. Where lambda is 0 too
+    every score is in it, and has a gradient: DistributedDataParallel waits for those of all parameters.
     """
     blocks, found = getattr(model, "learning", None), gates(model)
-    if blocks is None or blocks.regulariser == 0 or not found:
+    if blocks is None or not found:
         return next(model.parameters()).new_zeros(())
     kinds: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
