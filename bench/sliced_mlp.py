@@ -1,0 +1,97 @@
+"""sliced_mlp and sliced_linear beside PyTorch's calls: `python -m bench.sliced_mlp [DEVICE]` prints JSON."""
+import functools
+import json
+import statistics
+import sys
+
+import torch
+from torch.nn import functional as F
+
+from bench.add_norm import calls
+from bench.short_attention import LIMITS
+from vitprune.bench import DTYPES, interleave, machine
+from vitprune.ops import backend, registry, sliced_linear, sliced_mlp
+from vitprune.ops.sliced_linear import block_index
+
+WIDTHS = {"tiny": 192, "small": 384, "base": 768}
+FRACTIONS = (1.0, 0.75, 0.5, 0.25)
+
+
+def shapes(device: torch.device):
+    """(rows, width): tokens of a batch of DeiT."""
+    if device.type != "cuda":
+        return [(197, 384), (8 * 197, 384)]
+    return [(B * 197, C) for C in WIDTHS.values() for B in (1, 8, 32, 128, 512)]
+
+
+def mlp(x, w1, b1, w2, b2, live, name: str):
+    with backend(name):
+        return sliced_mlp(x, w1, b1, w2, b2, live)
+
+
+def heads(x, w1, b1, w2, b2, live, name: str):
+    """The projections of attention: in over live heads, out over live heads. The weights of the MLP serve: 4 C rows, C columns."""
+    with backend(name):
+        y = sliced_linear(x, w1, b1, live, side="out")
+        return sliced_linear(y, w2, b2, live, side="in")
+
+
+def compacted(x, w1, b1, w2, b2, live, gelu: bool):
+    """What a compacted model calls: the live weights lie side by side already (gathered before the clock starts)."""
+    y = F.linear(x, w1, b1)
+    return F.linear(F.gelu(y) if gelu else y, w2, b2)
+
+
+def candidates(operator, device: torch.device, dtype: torch.dtype) -> dict:
+    """Name -> (function, whether it takes compacted weights), or the reason why there is none."""
+    eager, op = functools.partial(operator, name="reference"), "sliced_mlp" if operator is mlp else "sliced_linear"
+    reason = registry.table(op, device, dtype)["triton"]
+    compact = functools.partial(compacted, gelu=operator is mlp)
+    return {"gather, then library": (eager, False), "gather, compiled": (torch.compile(eager, dynamic=False), False),
+            "library on compacted": (compact, True), "compiled on compacted": (torch.compile(compact, dynamic=False), True),
+            "max-autotune on compacted": (torch.compile(compact, dynamic=False, mode="max-autotune-no-cudagraphs"), True)
+            if device.type == "cuda" else ("for GPUs", True),
+            "triton": (reason or functools.partial(operator, name="triton"), False)}
+
+
+def bind(function, live):
+    return lambda *args: function(*args, live)
+
+
+def rows(device: torch.device, min_time: float = 0.05):
+    """A row a shape, live fraction, dtype and direction: milliseconds, MACs, and the share of the card's limit."""
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    limit = next((v for k, v in LIMITS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
+    for kind in ("float32", "bfloat16") if device.type != "cuda" else DTYPES:
+        for (M, C), fraction, operator in ((s, f, o) for s in shapes(device) for f in FRACTIONS for o in (mlp, heads)):
+            torch._dynamo.reset()
+            blocks = 4 * C // 64
+            live = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))[:round(blocks * fraction)].sort().values
+            live, index = live.to(device, torch.int32), block_index(live, 64).to(device)
+            random = functools.partial(torch.randn, device=device, dtype=DTYPES[kind])
+            full = [random(M, C), random(4 * C, C) / C ** 0.5, random(4 * C), random(C, 4 * C) / C ** 0.5, random(C)]
+            small = [full[0], full[1][index], full[2][index], full[3][:, index].contiguous(), full[4]]
+            for backward in (False, True):
+                ready, refused = {}, {}
+                for name, (f, compact) in candidates(operator, device, DTYPES[kind]).items():
+                    args = [t.detach().requires_grad_(backward) for t in (small if compact else full)]
+                    call = f if isinstance(f, str) else bind(f, live)
+                    with torch.set_grad_enabled(backward):
+                        found = calls({name: call}, args, full[0], backward)
+                    ready |= found[0]
+                    refused |= found[1]
+                with torch.set_grad_enabled(backward):
+                    times = interleave(ready, min_time=min_time, synchronise=synchronise)
+                ms, macs = {n: statistics.median(t) for n, t in times.items()}, 2 * M * C * len(index) * (3 if backward else 1)
+                row = {"operator": "sliced_mlp" if operator is mlp else "sliced_linear, out and in", "rows": M, "C": C, "live": fraction,
+                       "dtype": kind, "pass": "forward+backward" if backward else "forward", "macs": macs, "ms": ms,
+                       "spread_ms": {n: [min(t), max(t)] for n, t in times.items()},
+                       "unavailable": {n: r[:160] for n, r in refused.items()}}
+                if limit and kind != "float32":
+                    row["share_of_limit"] = {n: 1e3 * 2 * macs / limit[1] / t for n, t in ms.items()}
+                yield row
+
+
+if __name__ == "__main__":
+    where = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps({"machine": machine(str(where)), "device": str(where), "rows": list(rows(where))}, indent=2))
