@@ -208,6 +208,25 @@ def test_configurations_are_checked_and_the_fastest_is_used(machine, monkeypatch
     assert configs.nearest(OP, 80, torch.float16, (("R", 300),)) is None
 
 
+def test_shipped_files_are_valid():
+    for path in configs.FOLDER.glob("*.json"):
+        data = json.loads(path.read_text())
+        if path.stem.startswith("sm"):
+            configs.check(data)
+        else:
+            dispatch.check(data, data["card"])
+
+
+def test_a_card_that_fails_ends_the_run_and_the_culprit_is_disabled(machine):
+    def crash(x):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nand more")
+    machine(Backend("reference", slow, composite=True), Backend("crash", crash, composite=True))
+    result = quickly()
+    assert [d["reason"] for d in result["disabled"]] == ["CUDA error: an illegal memory access was encountered"]
+    assert result["left_out"][0].startswith("all that came after toy, where the card failed: CUDA error")
+    assert result["left_out"][1:] == ["toy float32: 1 of 2 steps", "toy bfloat16: 2 of 2 steps"]
+
+
 def test_every_operator_has_inputs():
     assert {case.split()[0] for case in cases.CASES} == set(registry.TABLES)
     for case in cases.CASES:

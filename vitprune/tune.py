@@ -123,15 +123,10 @@ def plan(device: torch.device, quick: bool, pretended: bool, operators: Sequence
         kinds = ["float16", "bfloat16", "float32"] if configs.capability(device) >= 80 else ["float16", "float32"]
     if pretended:
         waves, kinds = [[Size(2, 1, 0.5, tokens=9)]], ["float32"]
-    choices = [(case, kind) for kind in kinds for case in cases.CASES if operators is None or case.split()[0] in operators]
-    choices = [(case, kind) for case, kind in choices if len(usable(case, kind, device)) > 1]
+    able = {(case, kind): Trial(Item(case, kind, Size(1, 1, tokens=5), False), device).usable for kind in kinds for case in cases.CASES
+            if operators is None or case.split()[0] in operators}
     return [Item(case, kind, size, configure) for wave in (waves[:1] if quick else waves) for configure in (False, True)[:1 if quick else 2]
-            for case, kind in choices for size in wave if not configure or "triton" in usable(case, kind, device)]
-
-
-def usable(case: str, kind: str, device: torch.device) -> list[str]:
-    """The backends that serve a case of DeiT there, in the order of the operator's table."""
-    return Trial(Item(case, kind, Size(1, 1, tokens=5), False), device).usable
+            for (case, kind), names in able.items() if len(names) > 1 for size in wave if not configure or "triton" in names]
 
 
 class Trial:
@@ -188,7 +183,11 @@ def work(item: Item, state: State, min_time: float) -> None:
         state.configs |= configure(trial, state, min_time, synchronise)
     with configs.probing(dict(state.configs)):
         for name in [name for name in left if name != "reference"]:
-            reason = trial.fails(name)
+            try:
+                reason = trial.fails(name)
+            except torch.AcceleratorError as error:
+                state.disabled[item.op, item.kind, name] = str(error).splitlines()[0]
+                raise
             if reason:
                 state.disabled[item.op, item.kind, name] = reason
                 left.remove(name)

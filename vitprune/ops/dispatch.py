@@ -62,7 +62,8 @@ def of(device: torch.device) -> Dispatch:
             except (OSError, ValueError) as error:
                 warnings.warn(f"{path} is ignored: {error}; `vitprune tune` writes it anew", stacklevel=2)
                 continue
-            configs.use(configs.capability(device), data["configs"])
+            if data["configs"]:
+                configs.use(configs.capability(device), data["configs"])
             return Dispatch(path, data)
     return Dispatch()
 
