@@ -1,6 +1,6 @@
 """Operators and whole models on one card, in at most ten minutes: `python -m bench.card [DEVICE]` writes bench/results/card-NAME.json.
 
-Every bench runs in a process of its own, gets an equal share of the time that is left, and is stopped at its end: rows that were
+Every bench runs in a process of its own, gets its share of the time that is left (a model two), and is stopped at its end: rows that were
 finished count, and the file says what was cut. `python -m bench.collect FILE` checks such a file and puts it into the README.
 """
 import argparse
@@ -125,7 +125,8 @@ def card(device: str, budget: float, names: list[str], out: Path | None = None) 
     data = {"format": FORMAT, "name": name, "device": torch.device(device).type, "machine": bench.machine(device), "budget": budget,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "idle_clocks": clocks(device), "jobs": []}
     for i, job in enumerate(names):
-        share = (start + budget - time.monotonic()) / (len(names) - i)
+        weights = [2 if name in MODELS else 1 for name in names[i:]]
+        share = (start + budget - time.monotonic()) * weights[0] / sum(weights)
         print(f"{job}: at most {share:.0f} s", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "bench.card", device, "--job", job]
         done = run(job, command, max(share, 0.0), lambda: clocks(device))
