@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-long bench lint
+# The operators that have a bench.
+OPERATORS := $(filter $(basename $(notdir $(wildcard vitprune/ops/*.py))),$(basename $(notdir $(wildcard bench/*.py))))
+
+.PHONY: demo test test-long bench bench-card lint
 
 demo: .venv/demo.stamp
 	$(BIN)/vitprune demo
@@ -18,8 +21,12 @@ test-long: .venv/test.stamp
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter"
 
 bench: .venv/test.stamp
-	$(BIN)/python -m bench.select_tokens
+	set -e; for op in $(OPERATORS); do $(BIN)/python -m bench.$$op; done
 	$(BIN)/vitprune bench deit_small_patch16_224 --tokens 0.7 --heads 0.5 --hidden 0.5 --batch 1 8
+
+# At most ten minutes; writes bench/results/card-NAME.json.
+bench-card: .venv/test.stamp
+	$(BIN)/python -m bench.card
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .

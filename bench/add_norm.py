@@ -1,24 +1,24 @@
 """add_norm, forward and backward, beside what PyTorch has: `python -m bench.add_norm [DEVICE]` prints JSON."""
-import json
-import statistics
-import sys
-
 import torch
 from torch.nn import functional as F
 
-from vitprune.bench import DTYPES, interleave, machine
+from bench.common import kinds, main, times
+from vitprune import cases
+from vitprune.bench import DTYPES
+from vitprune.cases import BATCHES, HEADS, Size, calls
 from vitprune.ops import add_norm, backend, registry
 
-CHANNELS = {"tiny": 192, "small": 384, "base": 768}  # DeiT
-KEEPS = {1.0: 197, 0.9: 178, 0.8: 158, 0.7: 138, 0.6: 119, 0.5: 99, 0.4: 79}  # tokens: int(196 * keep) patches and the class token
+CHANNELS = {name: 64 * heads for name, heads in HEADS.items()}  # DeiT
+KEEPS = {keep: Size(1, 1, keep).kept for keep in cases.KEEPS}  # tokens
 FORWARD, BACKWARD = 4, 5  # tensors of [B, N, C] moved: x, residual, s, y; ds, dy, s, dx, dresidual (no LayerScale)
 
 
-def shapes(device: torch.device):
+def shapes(device: torch.device, brief: bool):
     if device.type != "cuda":
-        return [(B, 197, C) for B in (1, 8) for C in (192, 384)]
-    return [(B, N, C) for C in CHANNELS.values() for B in (1, 8, 32, 128, 512, 1024)
-            for N in (KEEPS.values() if B in (1, 128) else (197, 138))]
+        return [(1, 197, 384), (8, 197, 192)] if brief else [(B, 197, C) for B in (1, 8) for C in (192, 384)]
+    if brief:
+        return [(1, 138, 384), (128, 138, 768), (128, 138, 384), (1, 138, 768)]
+    return [(B, N, C) for C in CHANNELS.values() for B in BATCHES for N in (KEEPS.values() if B in (1, 128) else (197, 138))]
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> dict:
@@ -34,47 +34,27 @@ def candidates(device: torch.device, dtype: torch.dtype) -> dict:
     return found
 
 
-def calls(functions: dict, args: list, ups: list, backward: bool) -> tuple[dict, dict]:
-    """(what can be called, why the rest cannot)."""
-    ready, refused = {}, {}
-    for name, function in functions.items():
-        def call(function=function):
-            out = function(*args)
-            return torch.autograd.grad(out, args, ups, allow_unused=True) if backward else out
-        try:
-            if isinstance(function, str):
-                raise RuntimeError(function)
-            call()
-            ready[name] = call
-        except Exception as e:  # what fails here is a reason, not the end of the table
-            refused[name] = f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}"
-    return ready, refused
-
-
-def rows(device: torch.device, min_time: float = 0.05):
+def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
     """A row a shape, dtype and direction: milliseconds, bytes that must move, and the share of the bandwidth of a copy."""
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for kind in ("float32", "bfloat16") if device.type != "cuda" else DTYPES:
+    for kind in kinds(device, brief):
         functions = candidates(device, DTYPES[kind])
-        for B, N, C in shapes(device):
+        for B, N, C in shapes(device, brief):
             torch._dynamo.reset()  # one shape's graphs do not count against the next one's
-            x, r, *ups = (torch.randn(B, N, C, device=device).to(DTYPES[kind]) for _ in range(4))
-            w, b = (torch.randn(C, device=device).to(DTYPES[kind]) for _ in range(2))
-            args, target = [t.requires_grad_() for t in (x, r, w, b)], torch.empty_like(x)
+            args = cases.inputs("add_norm", Size(B, C // 64, tokens=N), device, DTYPES[kind])[1]
+            x, target, ups = args[0], torch.empty_like(args[0]), [torch.randn_like(args[0]) for _ in range(2)]
+            args = [t.requires_grad_() for t in args]
             for backward in (False, True):
                 with torch.set_grad_enabled(backward):
                     ready, refused = calls(functions, args, ups, backward)
                     ready["copy"] = lambda x=x, target=target: target.copy_(x.detach())
-                    times = interleave(ready, min_time=min_time, synchronise=synchronise)
-                ms = {n: statistics.median(t) for n, t in times.items()}
+                    ms, spread = times(ready, device, min_time)
                 copied = 2 * x.nbytes
                 moved = (FORWARD + (BACKWARD if backward else 0)) * x.nbytes
                 yield {"B": B, "N": N, "C": C, "dtype": kind, "pass": "forward+backward" if backward else "forward",
                        "bytes": moved, "macs": 0, "ms": ms, "unavailable": refused,
-                       "spread_ms": {n: [min(t), max(t)] for n, t in times.items()},
+                       "spread_ms": spread,
                        "share_of_copy_bandwidth": {n: (moved / t) / (copied / ms["copy"]) for n, t in ms.items() if n != "copy"}}
 
 
 if __name__ == "__main__":
-    where = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps({"machine": machine(str(where)), "device": str(where), "rows": list(rows(where))}, indent=2))
+    main(rows)

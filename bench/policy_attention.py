@@ -1,22 +1,23 @@
 """policy_attention beside plain PyTorch: `python -m bench.policy_attention [DEVICE]` prints JSON."""
 import functools
-import json
-import statistics
-import sys
 
 import torch
 from torch.nn import functional as F
 
-from bench.add_norm import calls
-from bench.short_attention import HEADS, LIMITS, heads, merged
-from vitprune.bench import DTYPES, interleave, machine
+from bench.common import kinds, limit, main, times
+from bench.short_attention import heads, merged
+from vitprune import cases
+from vitprune.bench import DTYPES
+from vitprune.cases import HEADS, Size, calls
 from vitprune.ops import backend, policy_attention, registry
 
 
-def shapes(device: torch.device):
+def shapes(device: torch.device, brief: bool):
     """(B, N, H): DynamicViT trains at the full number of tokens."""
     if device.type != "cuda":
         return [(1, 197, 3), (8, 197, 6)]
+    if brief:
+        return [(128, 197, 12), (128, 197, 6), (1, 197, 6)]
     return [(B, N, H) for H in HEADS.values() for B in (1, 8, 32, 128, 512) for N in ((197, 577) if B == 32 else (197,))]
 
 
@@ -46,35 +47,31 @@ def candidates(device: torch.device, dtype: torch.dtype) -> dict:
             "flex": torch.compile(flex, dynamic=False), "triton": reason or functools.partial(ours, name="triton")}
 
 
-def rows(device: torch.device, min_time: float = 0.05):
+def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
     """A row a shape, dtype and direction: milliseconds, bytes that must move, MACs, and the share of the card's limit."""
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    limit = next((v for k, v in LIMITS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
-    for kind in ("float32", "bfloat16") if device.type != "cuda" else DTYPES:
-        for B, N, H in shapes(device):
+    most = limit(device)
+    for kind in kinds(device, brief):
+        for B, N, H in shapes(device, brief):
             torch._dynamo.reset()  # one shape's graphs do not count against the next one's
             functions = candidates(device, DTYPES[kind])
-            x = torch.randn(B, N, 3 * H * 64, device=device).to(DTYPES[kind])
-            policy = (torch.rand(B, N, device=device) < 0.7).to(DTYPES[kind])
+            x, policy = cases.inputs("policy_attention", Size(B, H, 0.7, tokens=N), device, DTYPES[kind])[1]
             up = torch.randn(B, N, H * 64, device=device).to(DTYPES[kind])
             for backward in (False, True):
                 inputs = [x.requires_grad_(backward), policy.requires_grad_(backward)]
                 with torch.set_grad_enabled(backward):
                     bound = {n: f if isinstance(f, str) else functools.partial(f, H=H) for n, f in functions.items()}
                     ready, refused = calls(bound, inputs, up, backward)
-                    times = interleave(ready, min_time=min_time, synchronise=synchronise)
-                ms = {n: statistics.median(t) for n, t in times.items()}
+                    ms, spread = times(ready, device, min_time)
                 moved = up.nbytes * (4 + 8 * backward)  # q, k, v, out; backward: q, k, v, out, dout and the three gradients
                 macs = 2 * B * H * N * N * 64 * (3.5 if backward else 1)  # backward: five products of that size where the forward has two
                 row = {"B": B, "N": N, "H": H, "dtype": kind, "pass": "forward+backward" if backward else "forward", "bytes": moved,
-                       "macs": macs, "ms": ms, "spread_ms": {n: [min(t), max(t)] for n, t in times.items()},
+                       "macs": macs, "ms": ms, "spread_ms": spread,
                        "unavailable": {n: r[:160] for n, r in refused.items()}}
-                if limit and kind != "float32":
-                    least = 1e3 * max(moved / limit[0], 2 * macs / limit[1])
+                if most and kind != "float32":
+                    least = 1e3 * max(moved / most[0], 2 * macs / most[1])
                     row["share_of_limit"] = {n: least / t for n, t in ms.items()}
                 yield row
 
 
 if __name__ == "__main__":
-    where = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps({"machine": machine(str(where)), "device": str(where), "rows": list(rows(where))}, indent=2))
+    main(rows)

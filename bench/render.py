@@ -1,12 +1,16 @@
 """Put the committed results into the README: `python bench/render.py` rewrites what is between `<!-- NAME -->` and `<!-- /NAME -->`.
 
-NAME is a file bench/results/NAME.json written by bench/model.py.
+NAME is a file bench/results/NAME.json written by bench/model.py, or `cards`: all files card-*.json written by bench/card.py.
 """
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+OURS = ("triton", "cuda", "cpp")  # a backend's name, or its first word; the rest are baselines
+NO_RIVALS = ("copy",)             # a measure of the card
 
 
 def table(results: list[dict]) -> str:
@@ -29,14 +33,66 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def card(data: dict) -> str:
+    """One card: its operators beside the fastest baseline of every shape, and whole models."""
+    m, operators = data["machine"], [job for job in data["jobs"] if job["kind"] == "operator"]
+    versions = ", ".join(f"{k} {m[k]}" for k in ("cuda", "torch", "triton", "timm", "vitprune") if k in m)
+    lines = [f"**{data['name']}**, {versions}; {data['date'][:10]}, {data['seconds']:.0f} s{_clocks(data)}. Speed-up: geometric mean "
+             "(least to most) over the shapes of the time of the fastest baseline of each shape over ours.", "",
+             "| operator | dtype | pass | shapes | ours | speed-up | ours is fastest | fastest baselines |", "|-|-|-|-|-|-|-|-|"]
+    for job in operators:
+        groups: dict[tuple, list[dict]] = {}
+        for row in job["rows"]:
+            groups.setdefault((row.get("op", job["name"]), row["dtype"], row.get("pass", "forward")), []).append(row["ms"])
+        lines += [f"| `{op}` | {dtype} | {direction} | {len(rows)} | {_compare(rows)} |" for (op, dtype, direction), rows in groups.items()]
+    stopped = [f"{job['name']} ({len(job['rows'])} rows)" for job in data["jobs"] if job.get("cut") or job.get("error")]
+    lines += ["", f"Not finished in time, or failed: {', '.join(stopped)}."] if stopped else []
+    models = [row for job in data["jobs"] if job["kind"] == "model" for row in job["rows"]]
+    return "\n".join([*lines, "", table(models)] if models else lines)
+
+
+def _compare(rows: list[dict[str, float]]) -> str:
+    """Columns: our backends, speed-up, in how many shapes ours is fastest, the fastest baselines."""
+    shares, names, rivals = [], [], []
+    for ms in rows:
+        ours = {n: t for n, t in ms.items() if n.split()[0] in OURS}
+        others = {n: t for n, t in ms.items() if n not in ours and n not in NO_RIVALS}
+        if others:
+            rivals.append(min(others, key=others.get))
+        if ours and others:
+            names.append(min(ours, key=ours.get))
+            shares.append(min(others.values()) / min(ours.values()))
+    baselines = ", ".join(dict.fromkeys(rivals)) or "-"
+    if not shares:
+        return f"- | - | - | {baselines}"
+    won = sum(share > 1 for share in shares)
+    return (f"{', '.join(dict.fromkeys(names))} | {statistics.geometric_mean(shares):.2f} ({min(shares):.2f} to {max(shares):.2f}) "
+            f"| {won} of {len(shares)} | {baselines}")
+
+
+def _clocks(data: dict) -> str:
+    """The median clock under load, over all jobs."""
+    for name, unit in (("sm_mhz", "MHz"), ("cpu_mhz", "MHz")):
+        found = [job["clocks"][name][1] for job in data["jobs"] if name in job["clocks"]]
+        if found:
+            return f", {statistics.median(found):.0f} {unit} under load"
+    return ""
+
+
+def cards() -> str:
+    found = sorted(RESULTS.glob("card-*.json"))
+    return "\n\n".join(card(json.loads(path.read_text())) for path in found) or "No card has been measured yet."
+
+
 def main() -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
-    for path in sorted((ROOT / "bench" / "results").glob("model_*.json")):
-        block = re.compile(rf"(<!-- {path.stem} -->\n).*?(<!-- /{path.stem} -->)", re.DOTALL)
+    blocks = {path.stem: table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("model_*.json"))}
+    for name, content in (blocks | {"cards": cards()}).items():
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not block.search(text):
-            raise SystemExit(f"README.md has no <!-- {path.stem} --> ... <!-- /{path.stem} --> to fill")
-        text = block.sub(lambda found, path=path: found[1] + table(json.loads(path.read_text())) + "\n" + found[2], text)
+            raise SystemExit(f"README.md has no <!-- {name} --> ... <!-- /{name} --> to fill")
+        text = block.sub(lambda found, content=content: found[1] + content + "\n" + found[2], text)
     readme.write_text(text)
 
 

@@ -1,35 +1,45 @@
 """select_tokens, every backend that can run here, side by side: `python -m bench.select_tokens [DEVICE]` prints JSON."""
-import json
-import statistics
-import sys
-
 import torch
 
-from vitprune.bench import interleave
-from vitprune.ops import backend, registry, select_tokens
+from bench.common import kinds, main, times
+from vitprune import cases
+from vitprune.bench import DTYPES
+from vitprune.cases import BATCHES, HEADS, KEEPS, Size, calls
+from vitprune.ops import backend, registry
 
-SHAPES = [(1, 196, 137, 384), (8, 196, 137, 384), (1, 196, 137, 768), (8, 196, 137, 768), (32, 196, 137, 768)]  # B, N, K, C
+
+def shapes(device: torch.device, brief: bool) -> list[Size]:
+    if device.type != "cuda":
+        return [Size(B, H, 0.7) for B, H in ((1, 6), (8, 6), (1, 12), (8, 12), (32, 12))]
+    if brief:
+        return [Size(B, H, 0.7) for B, H in ((1, 6), (128, 12), (128, 6), (1, 12), (32, 12), (8, 12))]
+    return [Size(B, H, keep) for H in HEADS.values() for B in BATCHES for keep in (KEEPS[1:] if B in (1, 128) else (0.7,))]
 
 
-def rows(device: torch.device):
-    """One row for each shape and dtype: median and spread (ms) of every backend."""
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for dtype in (torch.float32, torch.bfloat16):
-        for B, N, K, C in SHAPES:
-            x, scores = torch.randn(B, N + 1, C, device=device).to(dtype), torch.randn(B, N, device=device)
-            usable = [n for n, reason in registry.table("select_tokens", device, dtype).items() if reason is None]
+def forced(name: str, function):
+    def run(*args):
+        with backend(name):
+            return function(*args)
+    return run
 
-            def call(name, x=x, scores=scores, K=K):
-                with backend(name):
-                    return select_tokens(x, scores, K)
+
+def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
+    """A row a shape and dtype: milliseconds of every backend and of the compiled reference, and bytes that must move."""
+    for kind in kinds(device, brief):
+        for size in shapes(device, brief):
+            torch._dynamo.reset()
+            function, args = cases.inputs("select_tokens", size, device, DTYPES[kind])
+            functions = {name: reason or forced(name, function)
+                         for name, reason in registry.table("select_tokens", device, DTYPES[kind], scores=DTYPES[kind]).items()}
+            functions["compiled_reference"] = torch.compile(forced("reference", function), dynamic=False)
             with torch.inference_mode():
-                times = interleave({name: lambda name=name: call(name) for name in usable}, synchronise=synchronise)
-            yield {"B": B, "N": N, "K": K, "C": C, "dtype": str(dtype).removeprefix("torch."),
-                   "ms": {n: statistics.median(t) for n, t in times.items()},
-                   "spread_ms": {n: [min(t), max(t)] for n, t in times.items()}}
+                ready, refused = calls(functions, args, [], False)
+                ms, spread = times(ready, device, min_time)
+            x, scores = args
+            yield {"B": size.B, "N": size.tokens - 1, "K": size.kept - 1, "C": x.shape[2], "dtype": kind,
+                   "bytes": 2 * size.B * size.kept * x.shape[2] * x.element_size() + scores.nbytes + 8 * size.B * (size.kept - 1),
+                   "macs": 0, "ms": ms, "spread_ms": spread, "unavailable": refused}
 
 
 if __name__ == "__main__":
-    where = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps({"device": str(where), "threads": torch.get_num_threads(), "torch": torch.__version__,
-                      "rows": list(rows(where))}, indent=2))
+    main(rows)

@@ -1,25 +1,24 @@
 """short_attention beside PyTorch's attentions: `python -m bench.short_attention [DEVICE]` prints JSON."""
 import functools
-import json
-import statistics
-import sys
 
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.add_norm import KEEPS, calls
-from vitprune.bench import DTYPES, interleave, machine
+from bench.add_norm import KEEPS
+from bench.common import kinds, limit, main, times
+from vitprune import cases
+from vitprune.bench import DTYPES
+from vitprune.cases import BATCHES, HEADS, Size, calls
 from vitprune.ops import backend, registry, short_attention
 
-HEADS = {"tiny": 3, "small": 6, "base": 12}  # DeiT; every head is 64 wide
-LIMITS = {"H200": (4.8e12, 989e12)}  # bytes a second and FLOPs a second in 16 bits, from the data sheet
 
-
-def shapes(device: torch.device):
+def shapes(device: torch.device, brief: bool):
     if device.type != "cuda":
         return [(1, 197, 3), (8, 68, 3)]
-    return [(B, N, H) for H in HEADS.values() for B in (1, 8, 32, 128, 512, 1024)
+    if brief:
+        return [(1, 138, 6), (128, 138, 12), (128, 197, 12), (128, 138, 6), (1, 138, 12)]
+    return [(B, N, H) for H in HEADS.values() for B in BATCHES
             for N in ({*KEEPS.values(), 68, 97} if B in (1, 128) else (197, 138, 97, 68))]
 
 
@@ -82,34 +81,31 @@ def waste(N: int) -> dict:
             "32x16, ours": up(32) * up(16) / N ** 2}
 
 
-def rows(device: torch.device, min_time: float = 0.05):
+def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
     """A row a shape, dtype and direction: milliseconds, bytes that must move, MACs, and the share of the card's limit."""
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    limit = next((v for k, v in LIMITS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
-    for kind in ("float32", "bfloat16") if device.type != "cuda" else DTYPES:
+    bound = limit(device)
+    for kind in kinds(device, brief):
         functions = candidates(device, DTYPES[kind])
-        for B, N, H in shapes(device):
+        for B, N, H in shapes(device, brief):
             torch._dynamo.reset()  # one shape's graphs do not count against the next one's
-            x = torch.randn(B, N, 3 * H * 64, device=device).to(DTYPES[kind])
+            x, = cases.inputs("short_attention", Size(B, H, tokens=N), device, DTYPES[kind])[1]
             up = torch.randn(B, N, H * 64, device=device).to(DTYPES[kind])
             for backward in (False, True):
                 x.requires_grad_(backward)
                 with torch.set_grad_enabled(backward):
                     ready, refused = calls({n: f if isinstance(f, str) else lambda x, f=f, H=H: f(x, H) for n, f in functions.items()},
                                            [x], up, backward)
-                    times = interleave(ready, min_time=min_time, synchronise=synchronise)
-                ms = {n: statistics.median(t) for n, t in times.items()}
+                    ms, spread = times(ready, device, min_time)
                 moved = up.nbytes * (4 + 7 * backward)  # q, k, v, out; backward: q, k, v, dout and the three gradients
                 macs = 2 * B * H * N * N * 64 * (3.5 if backward else 1)  # backward: five products of that size where the forward has two
                 row = {"B": B, "N": N, "H": H, "dtype": kind, "pass": "forward+backward" if backward else "forward", "bytes": moved,
-                       "macs": macs, "ms": ms, "spread_ms": {n: [min(t), max(t)] for n, t in times.items()}, "scores_computed": waste(N),
+                       "macs": macs, "ms": ms, "spread_ms": spread, "scores_computed": waste(N),
                        "unavailable": {n: r[:160] for n, r in refused.items()}}
-                if limit and kind != "float32":
-                    least = 1e3 * max(moved / limit[0], 2 * macs / limit[1])
+                if bound and kind != "float32":
+                    least = 1e3 * max(moved / bound[0], 2 * macs / bound[1])
                     row["share_of_limit"] = {n: least / t for n, t in ms.items()}
                 yield row
 
 
 if __name__ == "__main__":
-    where = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps({"machine": machine(str(where)), "device": str(where), "rows": list(rows(where))}, indent=2))
+    main(rows)

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Output rows and channels a program copies at a time; pairs of scores it compares at a time.
-CONFIG = {"rows": 8, "channels": 256, "pairs": 4096, "num_warps": 4}
+from . import configs
+
+OP = "select_tokens"
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -87,6 +88,23 @@ def select_tokens_backward_kernel(
         tl.store(dx + (b * (P + N) + row.to(tl.int64))[:, None] * C + channel[None, :], value, mask=mask)
 
 
+def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
+    """rows, channels: of the output, copied by a program at a time; pairs: of scores, compared at a time. Powers of two."""
+    return {"rows": 8, "channels": 256, "pairs": 4096, "num_warps": 4}
+
+
+def candidates(dtype: torch.dtype, arch: int, **shape: int) -> list[dict]:
+    """What is worth timing, the default first."""
+    first = default(dtype, arch, **shape)
+    return [first, *(first | change for change in ({"rows": 4}, {"rows": 16}, {"rows": 32}, {"rows": 16, "channels": 512, "num_warps": 8},
+                                                   {"channels": 128}, {"pairs": 2048}, {"pairs": 8192, "num_warps": 8}))]
+
+
+def _config(t: Tensor, B: int, N: int, C: int) -> dict:
+    arch = configs.capability(t.device)
+    return configs.nearest(OP, arch, t.dtype, (("B", B), ("N", N), ("C", C))) or default(t.dtype, arch)
+
+
 def refuses(device: torch.device, dtype: torch.dtype, *, scores: torch.dtype = torch.float32, many: bool = False,
             **_) -> str | None:
     """Why `launch` cannot serve, or None. dtype: of x, any; scores: the dtype of the scores; many: whether N > 4096."""
@@ -97,9 +115,10 @@ def refuses(device: torch.device, dtype: torch.dtype, *, scores: torch.dtype = t
     return None
 
 
-def launch(x: Tensor, scores: Tensor, k: int, prefix: int, config: dict = CONFIG) -> tuple[Tensor, Tensor]:
-    """`vitprune.ops.select_tokens`; config: powers of two, as in CONFIG."""
+def launch(x: Tensor, scores: Tensor, k: int, prefix: int, config: dict | None = None) -> tuple[Tensor, Tensor]:
+    """`vitprune.ops.select_tokens`; config: as `default` gives."""
     B, N, C = x.shape
+    config = config or _config(x, B, N, C)
     tokens = torch.empty(B, prefix + k, C, dtype=x.dtype, device=x.device)
     ids = torch.empty(B, k, dtype=torch.int64, device=x.device)
     if B == 0 or prefix + k == 0:
@@ -117,9 +136,10 @@ def launch(x: Tensor, scores: Tensor, k: int, prefix: int, config: dict = CONFIG
     return tokens, ids
 
 
-def launch_backward(dtokens: Tensor, ids: Tensor, prefix: int, tokens: int, config: dict = CONFIG) -> Tensor:
+def launch_backward(dtokens: Tensor, ids: Tensor, prefix: int, tokens: int, config: dict | None = None) -> Tensor:
     """The gradient of x [B, tokens, C], zeros included, from that of the kept tokens [B, P+K, C] and their ids."""
     B, _, C = dtokens.shape
+    config = config or _config(dtokens, B, tokens, C)
     dx = torch.empty(B, tokens, C, dtype=dtokens.dtype, device=dtokens.device)
     if dx.numel() == 0:
         return dx

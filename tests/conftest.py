@@ -1,8 +1,16 @@
-"""What holds for every test of a kernel under Triton's interpreter."""
+"""What holds for every test: nothing that was tuned on this machine; and for kernels under Triton's interpreter."""
 import numpy as np
 import pytest
 import torch
 from kernel_checks import INTERPRETED
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _untuned(tmp_path_factory):
+    """`vitprune tune` may have been run here; tests see the operators' own order."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VITPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=INTERPRETED)

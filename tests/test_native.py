@@ -39,7 +39,7 @@ def test_compiled_once_per_source_and_architecture(cache, monkeypatch):
 
 def test_reader_never_sees_half_a_file(cache):
     path, images, torn = cache / "image", [bytes([i]) * (1 << 20) for i in (1, 2)], []
-    nvrtc._write(path, images[0])
+    nvrtc.write(path, images[0])
     stop = threading.Event()
 
     def read():
@@ -49,7 +49,7 @@ def test_reader_never_sees_half_a_file(cache):
     reader = threading.Thread(target=read)
     reader.start()
     for i in range(60):
-        nvrtc._write(path, images[i % 2])
+        nvrtc.write(path, images[i % 2])
     stop.set()
     reader.join()
     assert not torn
@@ -57,13 +57,13 @@ def test_reader_never_sees_half_a_file(cache):
 
 
 def test_failed_write_leaves_the_old_file(cache, monkeypatch):
-    nvrtc._write(cache / "image", b"old")
+    nvrtc.write(cache / "image", b"old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        nvrtc._write(cache / "image", b"new")
+        nvrtc.write(cache / "image", b"new")
     assert [(p.name, p.read_bytes()) for p in cache.iterdir()] == [("image", b"old")]
 
 

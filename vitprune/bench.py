@@ -7,7 +7,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from torch import nn
 from .blocks import BlockPruning, tokens_per_block
 from .engine import ENGINES, Engine, Unavailable, build
 from .measure import count, image_size
+from .ops.dispatch import cpu
 from .progress import Progress
 from .tokens import TokenPruning
 from .vit import compact, prune
@@ -193,12 +193,12 @@ def machine(device: str = "cpu") -> dict:
 
     import timm
 
-    facts = {"platform": platform.platform(), "cpu": _cpu("model name") or platform.processor(), "cpu_mhz": _cpu("cpu MHz"),
+    facts = {"platform": platform.platform(), "cpu": cpu("model name") or platform.processor(), "cpu_mhz": cpu("cpu MHz"),
              "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
              "torch": torch.__version__, "timm": timm.__version__, "vitprune": version("vitprune"),
              "cpu_capability": torch.backends.cpu.get_cpu_capability(),
              "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None}
-    for package in ("onnxruntime", "openvino"):
+    for package in ("triton", "onnxruntime", "openvino"):
         try:
             facts[package] = version(package)
         except ModuleNotFoundError:
@@ -212,14 +212,6 @@ def machine(device: str = "cpu") -> dict:
             except Exception:  # needs nvidia-ml-py and a driver that answers
                 facts[name] = None
     return {k: v for k, v in facts.items() if v is not None}
-
-
-def _cpu(field: str) -> str | None:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)
 
 
 def show(result: dict) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `vitprune train | demo | prune | eval | flops | bench | table1 | export | doctor`."""
+"""The command line: `vitprune train | demo | prune | eval | flops | bench | table1 | export | doctor | tune`."""
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -315,6 +315,19 @@ def _demo(options: Namespace) -> None:
     demo(DemoConfig(**options.as_dict()))
 
 
+def _add_tune(parser: ArgumentParser) -> None:
+    from .tune import add_arguments
+
+    add_arguments(parser)
+    _add_json(parser)
+
+
+def _tune(options: Namespace) -> None:
+    from .tune import main as tune
+
+    tune(_device(options.device), options.quick, options.budget, options.json)
+
+
 def _doctor(options: Namespace) -> int | None:
     from .doctor import main as doctor
 
@@ -332,4 +345,5 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "show": ("pictures of what a pruned model keeps, and of how it was trained", _add_show, _show),
     "export": ("write an ONNX file and check it", _add_export, _export),
     "doctor": ("what can run on this machine, and why the rest cannot", _add_json, _doctor),
+    "tune": ("choose the fastest backends on this card, in a few minutes", _add_tune, _tune),
 }

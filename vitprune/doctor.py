@@ -12,7 +12,7 @@ from importlib import metadata, util
 import torch
 
 from . import native, nvrtc, ops  # noqa: F401 (ops fills the tables)
-from .ops import registry
+from .ops import dispatch, registry
 
 ORDER = "https://pytorch.org/get-started/locally"
 
@@ -121,6 +121,13 @@ def backends(device: torch.device) -> dict[str, dict[str, str | None]]:
     return {op: registry.table(op, device) for op in sorted(registry.TABLES)}
 
 
+def measured(device: torch.device) -> dict:
+    """What `vitprune tune` (here, or on the same card for the package) found: its file, choices and disabled backends."""
+    found = dispatch.of(device)
+    return {"card": dispatch.card(device), "file": found.path and str(found.path), "choices": found.data["choices"],
+            "disabled": found.data["disabled"]}
+
+
 def report(machine: Machine | None = None) -> dict:
     """Everything `vitprune doctor` prints, as plain data."""
     machine = machine or this_machine()
@@ -142,6 +149,7 @@ def report(machine: Machine | None = None) -> dict:
         "extension": native.reason_cpp(torch.device("cpu")) or "installed",
         "cubins": native.cubins(),
         "backends": {str(device): backends(device) for device in devices},
+        "measured": {str(device): measured(device) for device in devices},
         "problems": problems(machine),
     }
 
@@ -169,10 +177,19 @@ def text(facts: dict) -> str:
         "cubins     " + ("; ".join(f"{op}: {' '.join(archs)}" for op, archs in facts["cubins"].items()) or "none"),
     ]
     for device, table in facts["backends"].items():
-        lines += ["", f"backends on {device}, in order of choice"]
+        found = facts["measured"][device]
+        lines += ["", f"backends on {device}, in order of choice " + (f"where {found['file']} says nothing else" if found["file"] else
+                                                                      "(not measured on this card: run `vitprune tune`)")]
         for op, entries in table.items():
             usable = [name for name, reason in entries.items() if reason is None]
             lines.append(f"  {op:17} {', '.join(usable)}")
+            chosen: dict[str, list[str]] = {}
+            for choice in found["choices"]:
+                if choice["op"] == op:
+                    chosen.setdefault(choice["backend"], []).append(dispatch.describe(choice))
+            lines += [f"  {'':17} measured: {name} for {', '.join(cases)}" for name, cases in chosen.items()]
+            lines += [f"  {'':17} not {row['backend']} for {row['dtype']}: failed its check on this card: {row['reason']}"
+                      for row in found["disabled"] if row["op"] == op and row["dtype"] != "float32"]  # which the table below is for
             lines += [f"  {'':17} not {name}: {reason}" for name, reason in entries.items() if reason]
     lines += ["", "problems", *(f"  - {problem}" for problem in facts["problems"])] if facts["problems"] else []
     return "\n".join(lines)

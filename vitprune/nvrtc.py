@@ -80,7 +80,7 @@ def compiled(op: str, capability: tuple[int, int]) -> bytes:
         return path.read_bytes()
     image = build(op, source, headers, arch)
     with contextlib.suppress(OSError):  # a folder that cannot be written costs a compilation per process
-        _write(path, image)
+        write(path, image)
     return image
 
 
@@ -90,7 +90,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VITPRUNE_CACHE") or Path(base) / "vitprune")
 
 
-def _write(path: Path, image: bytes) -> None:
+def write(path: Path, image: bytes) -> None:
     """Whole or not at all: another process may be writing the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent)

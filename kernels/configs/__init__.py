@@ -1,15 +1,20 @@
 """Tuned launch configurations: sm90.json holds those of compute capability 9.0.
 
 {operator: {dtype: [{"shape": {name: int}, "config": {name: int}}]}}; a shape that is not listed takes the nearest that is.
+What was tuned on this very card goes before it (`use`). Beside it lie the dispatch files of measured cards (vitprune/ops/dispatch.py).
 """
+import contextlib
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 FOLDER = Path(__file__).parent
+_tuned: dict[int, dict] = {}   # by compute capability, a table as in the files
+_probe: dict[tuple, dict | None] | None = None  # not by thread: a gradient runs in another
 
 
 def capability(device: torch.device) -> int:
@@ -27,10 +32,46 @@ def table(arch: int) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-@functools.lru_cache(maxsize=4096)
+def use(arch: int, tuned: dict) -> None:
+    """Take the configurations of `tuned` before the shipped ones on cards of that compute capability."""
+    _tuned[arch] = tuned
+    _nearest.cache_clear()
+
+
+def check(tuned: dict) -> None:
+    """Raises ValueError where that is no table of configurations."""
+    for op, kinds in tuned.items():
+        try:
+            sizes = [size for rows in kinds.values() for row in rows for part in ("shape", "config") for size in row[part].values()]
+        except (AttributeError, KeyError, TypeError):
+            sizes = [None]
+        if not all(isinstance(size, int) for size in sizes):
+            raise ValueError(f"configs of {op} must be {{dtype: [{{shape, config}}]}} with integers, got {kinds!r:.60}")
+
+
+@contextlib.contextmanager
+def probing(given: dict[tuple, dict | None]) -> Iterator[dict[tuple, dict | None]]:
+    """Inside, launches take the configuration `given` for their (op, arch, dtype, shape), and their default where there is none;
+    what they ask for is added to `given`. For `vitprune tune`, one call at a time."""
+    global _probe
+    previous, _probe = _probe, given
+    try:
+        yield given
+    finally:
+        _probe = previous
+
+
 def nearest(op: str, arch: int, dtype: torch.dtype, shape: tuple[tuple[str, int], ...]) -> dict | None:
     """The configuration tuned for the shape closest to `shape`, sizes compared as ratios; None where none was tuned."""
-    rows = table(arch).get(op, {}).get(str(dtype).removeprefix("torch."), [])
+    if _probe is not None:
+        return _probe.setdefault((op, arch, dtype, shape))
+    return _nearest(op, arch, dtype, shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _nearest(op: str, arch: int, dtype: torch.dtype, shape: tuple[tuple[str, int], ...]) -> dict | None:
+    kind = str(dtype).removeprefix("torch.")
+    rows = _tuned.get(arch, {}).get(op, {}).get(kind) or table(arch).get(op, {}).get(kind)
 
     def distance(row: dict) -> float:
         return sum(abs(math.log2(max(size, 1) / max(row["shape"].get(name, 1), 1))) for name, size in shape)

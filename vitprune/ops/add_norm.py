@@ -1,9 +1,11 @@
 """Residual add and LayerNorm in one pass."""
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .registry import Backend, call, choose, define, fail, find, gradient, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP = "add_norm"
 
@@ -19,7 +21,8 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, e
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
         t is None or t.shape == x.shape[-1:] or fail(OP, name, f"[C] = {tuple(x.shape[-1:])}", t if t is None else t.shape)
     # A branch on the size, not the size: a graph traced with dynamic sizes needs constants to choose by.
-    facts = {"residual": residual.dtype, "weight": weight.dtype, "wide": True if x.shape[-1] > 4096 else False}
+    facts = {"residual": residual.dtype, "weight": weight.dtype, "wide": True if x.shape[-1] > 4096 else False,
+             "large": large(prod(x.shape[:-1]))}
     return call(OP, choose(OP, x.device, x.dtype, **facts), x, residual, weight, bias, gamma, eps)
 
 

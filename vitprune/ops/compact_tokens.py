@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from .registry import Backend, call, choose, define, fail, find, gradient, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP, INVERSE = "compact_tokens", "expand_rows"
 
@@ -20,7 +20,7 @@ def compact_tokens(x: Tensor, keep: Tensor, *, capacity: int | None = None) -> t
     if capacity is None:
         static = x.device.type != "cpu" or torch.compiler.is_compiling()
         capacity = keep.numel() if static else int(keep.sum())
-    return call(OP, choose(OP, x.device, x.dtype), x, keep, capacity)
+    return call(OP, choose(OP, x.device, x.dtype, large=large(keep.numel())), x, keep, capacity)
 
 
 def expand_rows(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, *, fill: float = 0.0) -> Tensor:
@@ -31,7 +31,7 @@ def expand_rows(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, *, fill: float =
     rows.dim() == 2 or fail(INVERSE, "rows", "[R, C]", rows.shape)
     (keep.dim() == 2 and keep.dtype == torch.bool) or fail(INVERSE, "keep", "bool [B, N]", f"{keep.dtype} {tuple(keep.shape)}")
     cu_seqlens.shape == (keep.shape[0] + 1,) or fail(INVERSE, "cu_seqlens", f"[B+1] = {(keep.shape[0] + 1,)}", cu_seqlens.shape)
-    return call(INVERSE, choose(INVERSE, rows.device, rows.dtype), rows, cu_seqlens, keep, fill)
+    return call(INVERSE, choose(INVERSE, rows.device, rows.dtype, large=large(keep.numel())), rows, cu_seqlens, keep, fill)
 
 
 def _check(op: str, x: Tensor, name: str, keep: Tensor) -> None:

@@ -5,7 +5,7 @@ Source: Rao et al., DynamicViT (2021), eq. 8-11, with the official code's eps.
 import torch
 from torch import Tensor
 
-from .registry import Backend, call, choose, define, fail, find, gradient, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP = "policy_attention"
 
@@ -23,7 +23,7 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, scale: 
     B, H, N, D = _check(q, k, v, policy, eps)
     if q.numel() == 0:
         return v.clone()
-    name = choose(OP, q.device, q.dtype, head_dim=D)
+    name = choose(OP, q.device, q.dtype, head_dim=D, large=large(B * N))
     return call(OP, name, q, k, v, policy, D ** -0.5 if scale is None else scale, eps)[0]
 
 

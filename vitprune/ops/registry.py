@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import dispatch
+
+LARGE = 4096  # rows of tokens, twenty images of DeiT: where the card's speed counts and no longer the host's
 LIBRARY = torch.library.Library("vitprune", "DEF")
-TABLES: dict[str, dict[str, "Backend"]] = {}   # operator -> backends by name, the fastest measured first
+TABLES: dict[str, dict[str, "Backend"]] = {}   # operator -> backends by name, in the order for cards that nobody measured
 MACS: dict[str, Callable[..., int]] = {}       # operator -> multiply-accumulates from the shapes of its arguments
 _local = threading.local()
 
@@ -50,27 +54,63 @@ def backend(name: str) -> Iterator[None]:
 
 @torch.compiler.assume_constant_result  # the choice is made when a graph is traced, never inside it
 def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
-    """The name of the backend that serves operator `op` on that device and dtype; `facts` are static sizes."""
+    """The name of the backend that serves operator `op` on that device and dtype; `facts` are static sizes.
+
+    The one measured fastest on that card (vitprune/ops/dispatch.py), else the first of the table that can run.
+    """
     if torch.compiler.is_exporting():  # an exported graph must run where this package is not installed
         return next(b.name for b in TABLES[op].values() if b.composite)
+    facts["grad"] = torch.is_grad_enabled()  # what is fastest forward need not be so with its gradient
+    if getattr(_local, "asked", None) is not None:
+        _local.asked.append((op, dtype, facts))
     return _choose(op, device, dtype, tuple(facts.items()), getattr(_local, "forced", None))
 
 
 @functools.lru_cache(maxsize=1024)
 def _choose(op: str, device: torch.device, dtype: torch.dtype, facts: tuple, forced: str | None) -> str:
-    table = TABLES[op]
-    for entry in (table[forced],) if forced in table else table.values():
-        reason = entry.refuses(device, dtype, **dict(facts))
-        if reason is None:
-            return entry.name
-        if entry.name == forced:
+    entries, measured, facts = TABLES[op], dispatch.of(device), dict(facts)
+    disabled = measured.disabled(op, dtype)
+    if forced in entries:
+        if reason := entries[forced].refuses(device, dtype, **facts):
             raise RuntimeError(f"{op}: backend {forced!r} cannot run here: {reason}")
+        if forced in disabled:
+            warnings.warn(f"{op}: backend {forced!r} {disabled[forced]}", stacklevel=2)
+        return forced
+    winner = measured.winner(op, dtype, facts)
+    for name in sorted(entries, key=lambda name: name != winner):  # stable: the rest stays in order
+        if name not in disabled and entries[name].refuses(device, dtype, **facts) is None:
+            return name
     raise RuntimeError(f"{op}: no backend can run on {device} with {dtype}")
 
 
+def large(rows: int) -> bool:
+    """Whether so many rows of tokens make a call large: the size that backends are chosen by. A branch on the number, not the
+    number, so that a graph with dynamic sizes has a constant to choose by; an exported one takes any size and chooses nothing."""
+    if torch.compiler.is_exporting():
+        return False
+    return True if rows >= LARGE else False
+
+
 def table(op: str, device: torch.device, dtype: torch.dtype = torch.float32, **facts) -> dict[str, str | None]:
-    """Every backend of `op` with its reason to refuse that device and dtype (None: it can run), in order of choice."""
-    return {b.name: b.refuses(device, dtype, **facts) for b in TABLES[op].values()}
+    """Every backend of `op` with its reason not to serve that device and dtype (None: it can), in order for a card not measured."""
+    disabled = dispatch.of(device).disabled(op, dtype)
+    return {b.name: b.refuses(device, dtype, **facts) or disabled.get(b.name) for b in TABLES[op].values()}
+
+
+def reload() -> None:
+    """Read what was measured on this machine's cards anew."""
+    dispatch.of.cache_clear()
+    _choose.cache_clear()
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[tuple[str, torch.dtype, dict]]]:
+    """Collects (op, dtype, facts) of every choice that this thread makes inside."""
+    _local.asked = asked = []
+    try:
+        yield asked
+    finally:
+        _local.asked = None
 
 
 def serve(op: str, *backends: Backend) -> None:

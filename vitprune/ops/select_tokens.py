@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from .registry import Backend, call, choose, define, fail, find, gradient, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP = "select_tokens"
 
@@ -28,7 +28,7 @@ def select_tokens(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1) -> tupl
     scores.device == x.device or fail(OP, "scores", f"on x's device {x.device}", scores.device)
     (isinstance(k, int) and not isinstance(k, bool) and 0 <= k <= N) or fail(OP, "k", f"an int in 0..{N}", k)
     many = True if N > 4096 else False  # a branch on the size, not the size: what a graph chooses by must be constant
-    return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype, many=many), x, scores, k, prefix)
+    return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype, many=many, large=large(scores.numel())), x, scores, k, prefix)
 
 
 def reference(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor]:

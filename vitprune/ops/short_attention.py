@@ -1,11 +1,12 @@
 """Attention over short sequences, read from the fused qkv buffer: a dense batch, or packed rows with cu_seqlens."""
 import functools
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .registry import Backend, call, choose, define, fail, find, gradient, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP = "short_attention"
 
@@ -29,7 +30,7 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
         (max_seqlen is not None and max_seqlen >= 0) or fail(OP, "max_seqlen", "an int >= 0 with cu_seqlens", max_seqlen)
     D = qkv.shape[-1] // (3 * num_heads)
     fits = True if D % 16 == 0 and 16 <= D <= 128 else False  # a branch, not the size: a graph with dynamic sizes has none to choose by
-    name = choose(OP, qkv.device, qkv.dtype, fits=fits, packed=packed)
+    name = choose(OP, qkv.device, qkv.dtype, fits=fits, packed=packed, large=large(prod(qkv.shape[:-1])))
     return call(OP, name, qkv, num_heads, cu_seqlens, max_seqlen or 0, D ** -0.5 if scale is None else scale)
 
 

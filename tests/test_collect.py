@@ -1,0 +1,162 @@
+"""A card's file: written in parts within a budget, checked field by field, and rendered."""
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1]))
+from bench import card, collect, render  # noqa: E402
+
+MACHINE = {"platform": "Linux-6", "python": "3.12.1", "torch": "2.15.0+cu132", "timm": "1.0.31", "vitprune": "0.1.0", "triton": "3.9.0",
+           "gpu": "Tesla T4", "cuda": "13.2", "threads": 2}
+
+
+def operator(dtype: str, **ms: float) -> dict:
+    return {"B": 1, "dtype": dtype, "pass": "forward", "bytes": 1, "macs": 0, "ms": ms, "unavailable": {},
+            "spread_ms": {n: [t / 2, t * 2] for n, t in ms.items()}}
+
+
+def model(**change) -> dict:
+    row = {"batch": 1, "dtype": "float16", "baseline": "eager", "pruned_engine": "eager", "dense_ms": 4.0, "pruned_ms": 2.0, "speedup": 2.0,
+           "flops_ratio": 1.6, "realised_gain": 1.25, "fastest": True}
+    return {"model": "deit_small_patch16_224", "tokens": 0.7, "heads": None, "hidden": None, "machine": MACHINE, "rows": [row | change]}
+
+
+def good() -> dict:
+    job = {"seconds": 9.0, "cut": None, "error": None, "clocks": {"sm_mhz": [300.0, 1590.0, 1590.0]}}
+    rows = [operator("float16", eager=4.0, compiled=2.0, triton=1.0, copy=0.1), operator("float16", eager=1.0, triton=2.0)]
+    return copy.deepcopy({
+        "format": 1, "name": "Tesla T4", "device": "cuda", "date": "2026-11-23T21:00:00+00:00", "machine": MACHINE, "budget": 570.0,
+        "seconds": 400.0, "idle_clocks": {"sm_mhz": 300.0},
+        "jobs": [job | {"name": "deit_small_patch16_224", "kind": "model", "rows": [model()]},
+                 job | {"name": "add_norm", "kind": "operator", "cut": "stopped after 40 s", "rows": rows}]})
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    """A README with markers and an empty folder of results."""
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    monkeypatch.setattr(render, "RESULTS", tmp_path / "bench" / "results")
+    render.RESULTS.mkdir(parents=True)
+    (tmp_path / "README.md").write_text("before\n<!-- cards -->\n<!-- /cards -->\nafter\n")
+    return tmp_path
+
+
+def write(folder: Path, data) -> Path:
+    path = folder / "sent.json"
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    return path
+
+
+def test_merged_and_rendered_idempotently(tree):
+    target = collect.collect(write(tree, good()))
+    assert target == tree / "bench" / "results" / "card-tesla-t4.json"
+    assert json.loads(target.read_text()) == good()
+    text = (tree / "README.md").read_text()
+    assert text.startswith("before\n<!-- cards -->\n**Tesla T4**, cuda 13.2, torch 2.15.0+cu132, triton 3.9.0")
+    assert "1590 MHz under load" in text
+    assert "| `add_norm` | float16 | forward | 2 | triton | 1.00 (0.50 to 2.00) | 1 of 2 | compiled, eager |" in text
+    assert "Not finished in time, or failed: add_norm (2 rows)." in text
+    assert "| deit_small_patch16_224 | tokens 0.7 | float16 | 1 | 4.00 | 2.00 | 2.00 | 1.60 | 1.25 | eager | 4.00 | 2.00 |" in text
+    assert text.endswith("<!-- /cards -->\nafter\n")
+    for again in (target, tree / "sent.json"):
+        collect.collect(again)
+        assert (tree / "README.md").read_text() == text
+    collect.collect(write(tree, good() | {"name": "NVIDIA H200"}))
+    both = (tree / "README.md").read_text()
+    assert both.index("**NVIDIA H200**") < both.index("**Tesla T4**")
+
+
+def test_nothing_measured(tree):
+    render.main()
+    assert "No card has been measured yet." in (tree / "README.md").read_text()
+
+
+def test_an_older_file_does_not_replace_a_newer_one(tree):
+    collect.collect(write(tree, good()))
+    with pytest.raises(SystemExit, match="date must not be before that of card-tesla-t4.json"):
+        collect.collect(write(tree, good() | {"date": "2026-11-01T00:00:00+00:00"}))
+
+
+def without(name: str) -> dict:
+    return {k: v for k, v in MACHINE.items() if k != name}
+
+
+def job(i: int, **change) -> dict:
+    data = good()
+    data["jobs"][i] |= change
+    return data
+
+
+@pytest.mark.parametrize(("data", "message"), [
+    ("{", "Expecting property name"),
+    ("[" * 100_000, "recursion|Recursion|nested|Expecting"),
+    ([], r"the file must be a JSON object, got \[\]"),
+    (good() | {"format": 2}, "format must be 1, got 2"),
+    (good() | {"name": 3}, "name must be a str, got 3"),
+    (good() | {"name": "T4 | <b>"}, "name must be a plain text"),
+    (good() | {"name": "../../etc"} | {"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
+    (good() | {"date": "yesterday"}, "date must be an ISO date, got 'yesterday'"),
+    (good() | {"seconds": True}, "seconds must be a float, got True"),
+    (good() | {"seconds": float("nan")}, "seconds must be a finite number, got nan"),
+    (good() | {"machine": without("torch")}, "machine.torch must be a text, got None"),
+    (good() | {"machine": without("triton")}, "machine.triton must be a text, got None"),
+    (good() | {"machine": without("threads")}, "machine.threads must be a number, got None"),
+    (good() | {"jobs": []}, "jobs must be a list with at least one job"),
+    (good() | {"jobs": [3]}, r"jobs\[0\] must be an object, got 3"),
+    (job(1, kind="other"), r"jobs\[1\].kind must be operator or model, got 'other'"),
+    (job(1, cut=3), r"jobs\[1\].cut must be null or a text, got 3"),
+    (job(1, clocks={"sm_mhz": 3}), r"jobs\[1\].clocks.sm_mhz must be \[least, median, most\], got 3"),
+    (job(1, rows=[{"dtype": "float16"}]), r"jobs\[1\].rows\[0\].ms must be a dict, got None"),
+    (job(1, rows=[operator("float16", eager=float("inf"))]), r"jobs\[1\].rows\[0\].ms.eager must be a finite number, got inf"),
+    (job(1, rows=[operator("float16", eager=0)]), r"jobs\[1\].rows\[0\].ms.eager must be a number > 0, got 0"),
+    (job(1, rows=[operator("float16", eager=1.0) | {"spread_ms": {"eager": [2, 3]}}]), r"spread_ms.eager must be \[least, most\] around"),
+    (job(1, rows=[operator("float16", **{"<script>": 1.0})]), r"jobs\[1\].rows\[0\].ms must be a plain text, got '<script>'"),
+    (job(0, rows=[{k: v for k, v in model().items() if k != "machine"}]), r"jobs\[0\].rows\[0\].machine must be a dict"),
+    (job(0, rows=[model() | {"rows": []}]), r"jobs\[0\].rows\[0\].rows must be a list with at least one row"),
+    (job(0, rows=[model(dense_ms="4")]), r"jobs\[0\].rows\[0\].rows\[0\].dense_ms must be a float, got '4'"),
+    (job(0, rows=[model(fastest=False)]), r"jobs\[0\].rows\[0\].rows must be one fastest of float16, batch 1, got 0"),
+])
+def test_bad_files_are_refused_naming_the_field(tree, data, message):
+    before = (tree / "README.md").read_text()
+    with pytest.raises(SystemExit, match=message) as refused:
+        collect.collect(write(tree, data))
+    assert "\n" not in str(refused.value)
+    assert not list(render.RESULTS.iterdir())
+    assert (tree / "README.md").read_text() == before
+
+
+def test_missing_file(tree):
+    with pytest.raises(SystemExit, match="No such file"):
+        collect.collect(tree / "nothing.json")
+
+
+def test_a_job_that_is_cut_keeps_its_rows():
+    code = 'import time; print("{\\"a\\": 1}", flush=True); print("{\\"b", end="", flush=True); time.sleep(60)'
+    done = card.run("add_norm", [sys.executable, "-c", code], 2.0, lambda: {"sm_mhz": 5.0})
+    assert (done["rows"], done["cut"], done["error"], done["kind"]) == ([{"a": 1}], "stopped after 2 s", None, "operator")
+    assert done["seconds"] < 20
+
+
+def test_a_job_that_fails_says_why():
+    done = card.run("add_norm", [sys.executable, "-c", "raise OSError('no card')"], 30.0)
+    assert (done["rows"], done["cut"], done["error"]) == ([], None, "OSError: no card")
+
+
+def test_a_real_file_is_accepted(tree):
+    """On this machine's CPU, one operator."""
+    path = card.card("cpu", 40.0, ["select_tokens"], tree / "card.json")
+    data = collect.check(json.loads(path.read_text()))
+    assert data["jobs"][0]["name"] == "select_tokens"
+    assert data["jobs"][0]["error"] is None
+    collect.collect(path)
+    assert "`select_tokens` | float32" in (tree / "README.md").read_text()
+
+
+def test_committed_results_are_what_the_readme_shows():
+    before = (render.ROOT / "README.md").read_text()
+    for path in render.RESULTS.glob("card-*.json"):
+        collect.check(json.loads(path.read_text()))
+    assert f"<!-- cards -->\n{render.cards()}\n<!-- /cards -->" in before

@@ -1,0 +1,261 @@
+"""Choosing by measurement, on faked operators: what is measured, checked, written, read and ignored."""
+import json
+import math
+import shutil
+import time
+
+import pytest
+import torch
+from kernel_checks import INTERPRETED
+from vitprune.kernels import configs
+
+from vitprune import cases, doctor, tune
+from vitprune.cases import Size
+from vitprune.cli import main
+from vitprune.ops import dispatch, registry
+from vitprune.ops.registry import Backend
+
+CPU, OP = torch.device("cpu"), "toy"
+
+
+def slow(x):
+    time.sleep(0.002)
+    return x * 2
+
+
+def failing(x):
+    raise OSError("no such card\nand more")
+
+
+def toy(x):
+    return registry.call(OP, registry.choose(OP, x.device, x.dtype, large=registry.large(x.shape[0])), x)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A machine with one operator, the card "Card A" and an empty cache; returns what replaces the operator's table."""
+    def have(*backends):
+        monkeypatch.setattr(registry, "TABLES", {OP: {b.name: b for b in backends}})
+        registry.reload()
+    monkeypatch.setenv("VITPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(cases, "CASES", {OP: lambda size, make: (toy, [make.normal(size.B * 200, 3)])})
+    monkeypatch.setattr(dispatch, "card", lambda device: "Card A")
+    monkeypatch.setattr(configs, "_tuned", {})
+    monkeypatch.setattr(tune, "interpreted", lambda device: False)
+    have(Backend("reference", slow, composite=True), Backend("fast", lambda x: x + x, composite=True),
+         Backend("wrong", lambda x: x * 2.01, composite=True), Backend("broken", failing, composite=True),
+         Backend("nan", lambda x: x * 2 * math.nan, composite=True),
+         Backend("absent", failing, composite=True, refuses=lambda *_, **__: "not here"))
+    yield have
+    monkeypatch.undo()
+    registry.reload()
+
+
+def quickly(**options):
+    return tune.tune("cpu", quick=True, min_time=0.0, **options)
+
+
+def chosen(**facts):
+    with torch.inference_mode():
+        return registry.choose(OP, CPU, torch.float32, **facts)
+
+
+def test_the_fastest_is_written_and_chosen(machine, tmp_path):
+    assert chosen(large=True) == "reference"
+    result = quickly()
+    assert result["file"] == str(tmp_path / "dispatch" / dispatch.versions()["vitprune"] / dispatch._file("Card A"))
+    assert json.loads(open(result["file"]).read())["versions"] == dispatch.versions()
+    assert not list(tmp_path.rglob("tmp*"))
+    assert {(c["dtype"], c["facts"]["large"], c["facts"]["grad"]) for c in result["choices"]} == {
+        (kind, large, grad) for kind in ("float32", "bfloat16") for large in (False, True) for grad in (False, True)}
+    assert {c["backend"] for c in result["choices"]} == {"fast"}
+    assert chosen(large=True) == chosen(large=False) == "fast"
+    assert registry.choose(OP, CPU, torch.float32, large=True) == "fast"  # with gradient
+    assert chosen(large=True, unheard=1) == "reference"  # a case that was not measured
+    assert registry.choose(OP, CPU, torch.float16, large=True) == "reference"
+    with registry.backend("reference"):
+        assert chosen(large=True) == "reference"
+
+
+def test_what_fails_its_check_is_disabled_and_says_so(machine):
+    result = quickly()
+    reasons = {d["backend"]: d["reason"] for d in result["disabled"] if d["dtype"] == "float32"}
+    assert set(reasons) == {"wrong", "broken", "nan"}
+    assert reasons["broken"] == "OSError: no such card"
+    assert "result 0 is off by" in reasons["wrong"]
+    assert "batch 1, 197 tokens" in reasons["wrong"]
+    table = registry.table(OP, CPU)
+    assert table["wrong"].startswith("failed its check on this card: result 0")
+    assert (table["fast"], table["absent"]) == (None, "not here")
+    with registry.backend("wrong"), pytest.warns(UserWarning, match="toy: backend 'wrong' failed its check on this card"):
+        assert float(toy(torch.ones(1, 3))[0, 0]) > 2
+    with registry.backend("absent"), pytest.raises(RuntimeError, match="cannot run here: not here"):
+        toy(torch.ones(1, 3))
+    printed = doctor.text(json.loads(json.dumps(doctor.report())))
+    assert "not wrong: failed its check on this card" in printed
+    assert "not wrong for bfloat16: failed its check" in printed
+    assert "measured: fast for float32, float32 grad" in printed
+
+
+def test_a_disabled_backend_is_not_chosen_although_it_comes_first(machine):
+    machine(Backend("wrong", lambda x: x * 3, composite=True), Backend("reference", slow, composite=True))
+    assert chosen(large=False) == "wrong"
+    assert {d["backend"] for d in quickly()["disabled"]} == {"wrong"}
+    assert chosen(large=False) == "reference"
+
+
+def test_graphs_take_the_choice(machine, monkeypatch):
+    quickly()
+    f = torch.compile(toy, fullgraph=True, backend="eager")
+    with registry.watch() as asked:
+        for rows in (2, 3, 5000):
+            torch.testing.assert_close(f(torch.ones(rows, 3)), torch.full((rows, 3), 2.0))
+    assert [facts["large"] for *_, facts in asked] == [False, False, True]
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert (registry.large(5000), chosen(large=False)) == (False, "reference")  # plain PyTorch, wherever it will run
+
+
+@pytest.mark.parametrize(("spoil", "message"), [
+    (lambda data: "{", "Expecting property name"),
+    (lambda data: "[]", "it must hold a JSON object"),
+    (lambda data: json.dumps(data | {"choices": 3}), "choices must be a list, got 3"),
+    (lambda data: json.dumps({k: v for k, v in data.items() if k != "versions"}), "versions must be a dict, got None"),
+    (lambda data: json.dumps(data | {"disabled": [{"op": OP}]}), "disabled must hold objects with dtype"),
+    (lambda data: json.dumps(data | {"configs": {OP: {"float32": [{"shape": {"B": "x"}, "config": {}}]}}}), "configs of toy must be"),
+    (lambda data: json.dumps(data | {"card": "Card B"}), "card must be Card A, got Card B"),
+])
+def test_a_corrupt_file_is_ignored_with_a_warning(machine, spoil, message):
+    path = dispatch.path_of("Card A")
+    assert quickly()["file"] == str(path)
+    path.write_text(spoil(json.loads(path.read_text())))
+    registry.reload()
+    with pytest.warns(UserWarning, match=f"is ignored: {message}"):
+        assert chosen(large=True) == "reference"
+    assert chosen(large=False) == "reference"
+    assert quickly()["choices"]
+    assert chosen(large=False) == "fast"
+
+
+def test_another_cards_file_is_not_used(machine, monkeypatch):
+    quickly()
+    monkeypatch.setattr(dispatch, "card", lambda device: "Card B")
+    registry.reload()
+    assert chosen(large=True) == "reference"
+    monkeypatch.setattr(dispatch, "card", lambda device: "Card A")
+    monkeypatch.setattr(dispatch, "versions", lambda: {"torch": "9.9", "triton": "9.9", "vitprune": "9"})
+    registry.reload()
+    assert chosen(large=True) == "reference"  # other versions count as another card
+
+
+def test_a_shipped_file_serves_until_the_user_tunes(machine, monkeypatch, tmp_path):
+    path = dispatch.path_of("Card A")
+    quickly()
+    monkeypatch.setattr(configs, "FOLDER", tmp_path / "shipped")
+    configs.FOLDER.mkdir()
+    shutil.move(path, configs.FOLDER / path.name)
+    registry.reload()
+    assert chosen(large=True) == "fast"
+    assert doctor.measured(CPU)["file"] == str(configs.FOLDER / path.name)
+    path.write_text("{")
+    registry.reload()
+    with pytest.warns(UserWarning, match="is ignored"):
+        assert chosen(large=True) == "fast"
+
+
+def test_the_budget_is_kept_and_what_is_left_is_named(machine):
+    result = quickly(budget=1e-9)
+    assert (result["choices"], result["file"]) == ([], None)
+    assert result["left_out"] == ["toy float32: 2 of 2 steps", "toy bfloat16: 2 of 2 steps"]
+    machine(Backend("reference", lambda x: time.sleep(0.02) or x * 2, composite=True), Backend("fast", lambda x: x + x, composite=True))
+    start = time.monotonic()
+    result = tune.tune("cpu", budget=2.0, min_time=0.0)
+    assert time.monotonic() - start < 20
+    assert result["choices"]
+    assert "toy float32" in result["left_out"][0]
+    assert "not tuned: toy float32" in tune.text(result)
+
+
+def test_a_backend_must_be_clearly_faster_to_come_before_another(machine):
+    def state(ms):
+        return tune.State(CPU, 0.0, {i: {"op": OP, "dtype": "float32", "facts": {}, "ms": row} for i, row in enumerate(ms)})
+    choice, = tune.decide(state([{"reference": 1.0, "fast": 0.99}]))["choices"]
+    assert (choice["backend"], choice["speedup"]) == ("reference", 1.0)
+    choice, = tune.decide(state([{"reference": 4.0, "fast": 1.0}, {"reference": 1.0, "fast": 1.0}]))["choices"]
+    assert (choice["backend"], choice["speedup"]) == ("fast", 2.0)
+    choice, = tune.decide(state([{"reference": 4.0, "fast": 1.0}, {"reference": 1.0}]))["choices"]  # not timed at every size
+    assert choice["backend"] == "reference"
+
+
+def test_configurations_are_checked_and_the_fastest_is_used(machine, monkeypatch):
+    def kernel(x):
+        config = configs.nearest(OP, 80, x.dtype, (("R", x.shape[0]),)) or {"sleep": 1, "error": 0}
+        if config["sleep"] > 5:
+            raise RuntimeError("out of shared memory")
+        time.sleep(config["sleep"] * 1e-3)
+        return x * (2 + config["error"])
+    machine(Backend("reference", slow, composite=True), Backend("triton", kernel, composite=True))
+    monkeypatch.setattr(tune, "_candidates", lambda op, key: [{"sleep": 1, "error": 0}, {"sleep": 0, "error": 1}, {"sleep": 9, "error": 0},
+                                                              {"sleep": 0, "error": 0}])
+    trial = tune.Trial(tune.Item(OP, "float32", Size(1, 1), True), CPU)
+    found = tune.configure(trial, tune.State(CPU, time.monotonic() + 60), 0.0, lambda: None)
+    assert found == {(OP, 80, torch.float32, (("R", 200),)): {"sleep": 0, "error": 0}}
+    path = dispatch.path_of("Card A")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"card": "Card A", "versions": {}, "choices": [], "disabled": [], "configs": tune._table(found)}))
+    registry.reload()
+    assert chosen(large=True) == "reference"
+    assert configs.nearest(OP, 80, torch.float32, (("R", 300),)) == {"sleep": 0, "error": 0}
+    assert configs.nearest(OP, 80, torch.float16, (("R", 300),)) is None
+
+
+def test_shipped_files_are_valid():
+    for path in configs.FOLDER.glob("*.json"):
+        data = json.loads(path.read_text())
+        if path.stem.startswith("sm"):
+            configs.check(data)
+        else:
+            dispatch.check(data, data["card"])
+
+
+def test_a_card_that_fails_ends_the_run_and_the_culprit_is_disabled(machine):
+    def crash(x):
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nand more")
+    machine(Backend("reference", slow, composite=True), Backend("crash", crash, composite=True))
+    result = quickly()
+    assert [d["reason"] for d in result["disabled"]] == ["CUDA error: an illegal memory access was encountered"]
+    assert result["left_out"][0].startswith("all that came after toy, where the card failed: CUDA error")
+    assert result["left_out"][1:] == ["toy float32: 1 of 2 steps", "toy bfloat16: 2 of 2 steps"]
+
+
+def test_every_operator_has_inputs():
+    assert {case.split()[0] for case in cases.CASES} == set(registry.TABLES)
+    for case in cases.CASES:
+        trial = tune.Trial(tune.Item(case, "float32", Size(2, 1, 0.5, tokens=9), False), CPU)
+        assert "reference" in trial.usable
+        assert trial.fails("reference") is None
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="budget must be > 0 seconds, got 0"):
+        tune.tune("cpu", budget=0)
+    with pytest.raises(ValueError, match="operators must be among .*, got 'toy'"):
+        tune.tune("cpu", operators=["toy"])
+
+
+def test_command(machine, capsys):
+    assert main(["tune", "--device", "cpu", "--quick", "--budget", "1e-9", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["file"] is None
+    assert main(["tune", "--device", "cpu", "--budget", "-1"]) == 2
+    assert "budget must be > 0 seconds, got -1" in capsys.readouterr().err
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")
+def test_real_kernels_interpreted(monkeypatch, tmp_path):
+    """Every step on real kernels; nothing is written, since the times mean nothing."""
+    monkeypatch.setenv("VITPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "HOPELESS", math.inf)
+    result = tune.tune("cpu", budget=100, operators=["expand_rows", "add_norm", "select_tokens"], min_time=0.0)
+    assert (result["disabled"], result["file"], result["left_out"], list(tmp_path.iterdir())) == ([], None, [], [])
+    assert set(result["configs"]) == {"expand_rows", "add_norm", "select_tokens"}
+    assert "interpreter is on" in tune.text(result)

@@ -1,0 +1,129 @@
+"""Which backend measured fastest on this card: a file per card, shipped in kernels/configs/ or written by `vitprune tune`.
+
+The name says the card and the versions of torch and Triton (the user's files: of vitprune too). Inside: "card", "versions",
+"choices" [{"op", "dtype", "facts", "backend"}], "disabled" [{"op", "dtype", "backend", "reason"}] and "configs", a table as in
+kernels/configs/. A card without a file keeps the order of the operators' own tables.
+"""
+import functools
+import json
+import platform
+import re
+import warnings
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from .. import nvrtc
+from ..kernels import configs
+
+FIELDS = {"card": str, "versions": dict, "choices": list, "disabled": list, "configs": dict}
+ROWS = {"choices": {"op": str, "dtype": str, "facts": dict, "backend": str},
+        "disabled": {"op": str, "dtype": str, "backend": str, "reason": str}}
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """What was measured on a card; empty where nothing was."""
+    path: Path | None = None
+    data: dict = field(default_factory=lambda: {"choices": [], "disabled": [], "configs": {}})
+
+    def winner(self, op: str, dtype: torch.dtype, facts: dict) -> str | None:
+        """The backend measured fastest, None where that was not measured."""
+        wanted = {"op": op, **key(dtype, facts)}
+        return next((row["backend"] for row in self.data["choices"] if wanted.items() <= row.items()), None)
+
+    def disabled(self, op: str, dtype: torch.dtype) -> dict[str, str]:
+        """Backends that failed their check on this card, with the reason."""
+        kind = key(dtype, {})["dtype"]
+        return {row["backend"]: f"failed its check on this card: {row['reason']}"
+                for row in self.data["disabled"] if (row["op"], row["dtype"]) == (op, kind)}
+
+
+def key(dtype: torch.dtype, facts: dict) -> dict:
+    """What a choice depends on, as it stands in a file. Dtypes beside the first change what can run, hardly what is fast."""
+    return {"dtype": str(dtype).removeprefix("torch."), "facts": {k: v for k, v in facts.items() if not isinstance(v, torch.dtype)}}
+
+
+def describe(choice: dict) -> str:
+    """The dtype and the facts that hold, in words: "float16 large"."""
+    return " ".join([choice["dtype"], *(name if value is True else f"{name} {value}" for name, value in choice["facts"].items() if value)])
+
+
+@functools.cache
+def of(device: torch.device) -> Dispatch:
+    """What was measured on that device's card with these versions. A file that cannot be read is a warning, not an error."""
+    name = card(device)
+    for path in (path_of(name), configs.FOLDER / _file(name)) if name else ():
+        if path.is_file():
+            try:
+                data = check(json.loads(path.read_text()), name)
+            except (OSError, ValueError) as error:
+                warnings.warn(f"{path} is ignored: {error}; `vitprune tune` writes it anew", stacklevel=2)
+                continue
+            if data["configs"]:
+                configs.use(configs.capability(device), data["configs"])
+            return Dispatch(path, data)
+    return Dispatch()
+
+
+def check(data: object, name: str) -> dict:
+    """The contents of a file as they must be for that card. Raises ValueError naming the field that is wrong."""
+    if not isinstance(data, dict):
+        raise ValueError("it must hold a JSON object")
+    for field_, kind in FIELDS.items():
+        if not isinstance(data.get(field_), kind):
+            raise ValueError(f"{field_} must be a {kind.__name__}, got {data.get(field_)!r:.60}")
+    for field_, columns in ROWS.items():
+        for row in data[field_]:
+            for column, kind in columns.items():
+                if not isinstance(row, dict) or not isinstance(row.get(column), kind):
+                    raise ValueError(f"{field_} must hold objects with {column} ({kind.__name__}), got {row!r:.60}")
+    if data["card"] != name:
+        raise ValueError(f"card must be {name}, got {data['card']}")
+    configs.check(data["configs"])
+    return data
+
+
+@functools.cache
+def card(device: torch.device) -> str | None:
+    """The GPU's or the CPU's name, None where there is none to know."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else None  # graphs can be traced for cards that are not here
+    return (cpu("model name") or platform.processor() or None) if device.type == "cpu" else None
+
+
+def cpu(fact: str) -> str | None:
+    """A line of /proc/cpuinfo, None where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(fact)), None)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What a measurement holds for: minor versions of torch and Triton, and this package's."""
+    def of_package(name: str) -> str:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return "none"
+    minor = lambda version: ".".join(version.split("+")[0].split(".")[:2])  # noqa: E731
+    return {"torch": minor(torch.__version__), "triton": minor(of_package("triton")), "vitprune": of_package("vitprune")}
+
+
+def path_of(name: str) -> Path:
+    """The user's file for that card."""
+    return nvrtc.cache_folder() / "dispatch" / versions()["vitprune"] / _file(name)
+
+
+def slug(name: str) -> str:
+    """A card's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _file(name: str) -> str:
+    return f"{slug(name)}.torch{versions()['torch']}.triton{versions()['triton']}.json"
