@@ -30,8 +30,8 @@ FORMAT = 1
 
 
 def jobs() -> list[str]:
-    """Models first: they are what counts. Then every operator that has a file here."""
-    return [*MODELS, *(op for op in sorted(registry.TABLES) if (HERE / f"{op}.py").is_file())]
+    """Models first: they are what counts. Then what operators take of them, and every operator that has a file here."""
+    return [*MODELS, "shares", *(op for op in sorted(registry.TABLES) if (HERE / f"{op}.py").is_file())]
 
 
 def work(job: str, device: str):
@@ -78,7 +78,8 @@ def run(name: str, command: list[str], seconds: float, clocks=lambda: {}) -> dic
         with contextlib.suppress(ValueError):  # the last line of a process that was stopped
             rows.append(json.loads(line))
     failed = process.returncode != 0 and cut is None
-    return {"name": name, "kind": "model" if name in MODELS else "operator", "seconds": round(time.monotonic() - start, 1), "cut": cut,
+    kind = "model" if name in MODELS else "shares" if name == "shares" else "operator"
+    return {"name": name, "kind": kind, "seconds": round(time.monotonic() - start, 1), "cut": cut,
             "error": (said[-1] if said else f"status {process.returncode}") if failed else None, "clocks": _spread(samples), "rows": rows}
 
 

@@ -19,6 +19,7 @@ VERSIONS = ("platform", "python", "torch", "timm", "vitprune")
 FIELDS = {"name": str, "device": str, "date": str, "machine": dict, "seconds": float, "budget": float, "idle_clocks": dict, "jobs": list}
 JOB = {"name": str, "kind": str, "seconds": float, "clocks": dict, "rows": list}
 OPERATOR = {"dtype": str, "ms": dict, "spread_ms": dict}
+SHARES = {"model": str, "batch": float, "share": dict}
 MODEL = {"model": str, "machine": dict, "rows": list}
 MODEL_ROW = {"batch": float, "dtype": str, "baseline": str, "pruned_engine": str, "dense_ms": float, "pruned_ms": float, "speedup": float,
              "flops_ratio": float, "realised_gain": float, "fastest": bool}
@@ -50,7 +51,7 @@ def check(data) -> dict:
 def _job(where: str, job, device: str) -> None:
     _fields(where, job, JOB)
     _plain(f"{where}.name", job["name"])
-    job["kind"] in ("operator", "model") or fail(f"{where}.kind", "operator or model", job["kind"])
+    job["kind"] in ("operator", "model", "shares") or fail(f"{where}.kind", "operator, model or shares", job["kind"])
     for field in ("cut", "error"):
         job.get(field) is None or isinstance(job[field], str) or fail(f"{where}.{field}", "null or a text", job[field])
     for name, value in job["clocks"].items():
@@ -74,8 +75,8 @@ def _job(where: str, job, device: str) -> None:
                 fastest = sum(r["fastest"] for r in row["rows"] if (r["dtype"], r["batch"]) == (one["dtype"], one["batch"]))
                 fastest == 1 or fail(f"{at}.rows", f"one fastest of {one['dtype']}, batch {one['batch']}", fastest)
             continue
-        _fields(at, row, OPERATOR)
-        for name in ("dtype", "pass", "op"):
+        _fields(at, row, OPERATOR | SHARES if job["kind"] == "shares" else OPERATOR)
+        for name in ("dtype", "pass", "op", "model"):
             _plain(f"{at}.{name}", row.get(name, "x"))
         for name, value in row["ms"].items():
             _plain(f"{at}.ms", name)

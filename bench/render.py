@@ -45,10 +45,21 @@ def card(data: dict) -> str:
         for row in job["rows"]:
             groups.setdefault((row.get("op", job["name"]), row["dtype"], row.get("pass", "forward")), []).append(row["ms"])
         lines += [f"| `{op}` | {dtype} | {direction} | {len(rows)} | {_compare(rows)} |" for (op, dtype, direction), rows in groups.items()]
+    lines += shares([row for job in data["jobs"] if job["kind"] == "shares" for row in job["rows"]])
     stopped = [f"{job['name']} ({len(job['rows'])} rows)" for job in data["jobs"] if job.get("cut") or job.get("error")]
     lines += ["", f"Not finished in time, or failed: {', '.join(stopped)}."] if stopped else []
     models = [row for job in data["jobs"] if job["kind"] == "model" for row in job["rows"]]
     return "\n".join([*lines, "", table(models)] if models else lines)
+
+
+def shares(rows: list[dict]) -> list[str]:
+    """What each operator takes of a pruned model's forward pass and training step."""
+    if not rows:
+        return []
+    of = {id(row): sorted(row["share"].items(), key=lambda pair: -pair[1]) for row in rows}
+    return ["", "| tokens 0.7, half of the blocks masked | dtype | batch | pass | ms | share of each operator |", "|-|-|-|-|-|-|",
+            *(f"| {row['model']} | {row['dtype']} | {row['batch']} | {row['pass']} | {row['ms']['all']:.1f} "
+              f"| {', '.join(f'{op} {share:.1%}' for op, share in of[id(row)])} |" for row in rows)]
 
 
 def _compare(rows: list[dict[str, float]]) -> str:

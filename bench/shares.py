@@ -5,15 +5,12 @@ by itself, forward alone in evaluation and with its gradients in training; its s
 """
 import contextlib
 import functools
-import json
-import statistics
-import sys
 from dataclasses import replace
 
 import torch
 
+from bench.common import main, times
 from vitprune import BlockPruning, TokenPruning, prune
-from vitprune.bench import interleave, machine
 from vitprune.ops import registry
 from vitprune.step import Run
 from vitprune.train import TrainConfig
@@ -53,8 +50,8 @@ def alone(op: str, backend, args, training: bool):
     return both if wanted else lambda: run(*args)
 
 
-def shares(name: str, batch: int, device: torch.device, training: bool) -> list[dict]:
-    """A row for each operator and one, "all", for the whole pass."""
+def shares(name: str, batch: int, device: torch.device, training: bool) -> dict:
+    """Milliseconds of the whole pass, "all", and of each operator's calls in it together."""
     import timm
     torch.manual_seed(0)
     dense = timm.create_model(name).to(device).eval()
@@ -73,27 +70,26 @@ def shares(name: str, batch: int, device: torch.device, training: bool) -> list[
         shape = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else type(a).__name__ for a in args)
         merged.setdefault((op, shape), []).append((backend, args))
     functions = {key: alone(key[0], *found[0], training) for key, found in merged.items()}
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     with contextlib.nullcontext() if training else torch.inference_mode():
-        times = interleave({"all": whole, **functions}, min_time=0.02, synchronise=synchronise)
-    ms = {key: statistics.median(values) for key, values in times.items()}
-    row = {"model": name, "batch": batch, "phase": "training step" if training else "forward"}
-    rows = [row | {"operator": "all", "ms": ms["all"], "share": 1.0}]
+        ms, spread = times({"all": whole, **functions}, device, 0.02)
+    row = {"model": name, "batch": batch, "dtype": "float32", "pass": "training step" if training else "forward", "calls": {},
+           "ms": {"all": ms["all"]}, "spread_ms": {"all": spread["all"]}, "share": {}}
     for op in sorted({op for op, _ in merged}):
         count = {key: len(found) for key, found in merged.items() if key[0] == op}
-        total = sum(ms[key] * n for key, n in count.items())
-        rows.append(row | {"operator": op, "calls": sum(count.values()), "ms": total, "share": total / ms["all"]})
-    return rows
+        row["calls"][op] = sum(count.values())
+        row["ms"][op] = sum(ms[key] * n for key, n in count.items())
+        row["spread_ms"][op] = [sum(spread[key][end] * n for key, n in count.items()) for end in (0, 1)]
+        row["share"][op] = row["ms"][op] / ms["all"]
+    return row
 
 
-def main(device: str) -> dict:
+def rows(device: torch.device):
     """Rows over DeiT-S and DeiT-B, in evaluation and in training."""
-    device = torch.device(device)
-    batches = (1, 128) if device.type == "cuda" else (1, 8)
-    rows = [row for name in ("deit_small_patch16_224", "deit_base_patch16_224") for training, batch in
-            ((False, batches[0]), (False, batches[1]), (True, batches[1])) for row in shares(name, batch, device, training)]
-    return {"machine": machine(str(device)), "rows": rows}
+    one, many = (1, 128) if device.type == "cuda" else (1, 8)
+    for name in ("deit_small_patch16_224", "deit_base_patch16_224"):
+        for training, batch in ((False, one), (False, many), (True, many)):
+            yield shares(name, batch, device, training)
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1] if len(sys.argv) > 1 else "cpu"), indent=1))
+    main(rows)

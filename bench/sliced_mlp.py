@@ -1,27 +1,23 @@
 """sliced_mlp and sliced_linear beside PyTorch's calls: `python -m bench.sliced_mlp [DEVICE]` prints JSON."""
 import functools
-import json
-import statistics
-import sys
 
 import torch
 from torch.nn import functional as F
 
-from bench.add_norm import calls
-from bench.short_attention import LIMITS
-from vitprune.bench import DTYPES, interleave, machine
+from bench.common import kinds, limit, main, times
+from vitprune.bench import DTYPES
+from vitprune.cases import HEADS, calls
 from vitprune.ops import backend, registry, sliced_linear, sliced_mlp
 from vitprune.ops.sliced_linear import block_index
 
-WIDTHS = {"tiny": 192, "small": 384, "base": 768}
 FRACTIONS = (1.0, 0.75, 0.5, 0.25)
 
 
-def shapes(device: torch.device):
+def shapes(device: torch.device, brief: bool):
     """(rows, width): tokens of a batch of DeiT."""
     if device.type != "cuda":
         return [(197, 384), (8 * 197, 384)]
-    return [(B * 197, C) for C in WIDTHS.values() for B in (1, 8, 32, 128, 512)]
+    return [(B * 197, 64 * H) for H in ([12] if brief else HEADS.values()) for B in ((128, 1) if brief else (1, 8, 32, 128, 512))]
 
 
 def mlp(x, w1, b1, w2, b2, live, name: str):
@@ -58,12 +54,11 @@ def bind(function, live):
     return lambda *args: function(*args, live)
 
 
-def rows(device: torch.device, min_time: float = 0.05):
+def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
     """A row a shape, live fraction, dtype and direction: milliseconds, MACs, and the share of the card's limit."""
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    limit = next((v for k, v in LIMITS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
-    for kind in ("float32", "bfloat16") if device.type != "cuda" else DTYPES:
-        for (M, C), fraction, operator in ((s, f, o) for s in shapes(device) for f in FRACTIONS for o in (mlp, heads)):
+    most = limit(device)
+    for kind in kinds(device, brief):
+        for (M, C), fraction, operator in ((s, f, o) for s in shapes(device, brief) for f in FRACTIONS for o in (mlp, heads)):
             torch._dynamo.reset()
             blocks = 4 * C // 64
             live = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))[:round(blocks * fraction)].sort().values
@@ -81,17 +76,16 @@ def rows(device: torch.device, min_time: float = 0.05):
                     ready |= found[0]
                     refused |= found[1]
                 with torch.set_grad_enabled(backward):
-                    times = interleave(ready, min_time=min_time, synchronise=synchronise)
-                ms, macs = {n: statistics.median(t) for n, t in times.items()}, 2 * M * C * len(index) * (3 if backward else 1)
+                    ms, spread = times(ready, device, min_time)
+                macs = 2 * M * C * len(index) * (3 if backward else 1)
                 row = {"operator": "sliced_mlp" if operator is mlp else "sliced_linear, out and in", "rows": M, "C": C, "live": fraction,
                        "dtype": kind, "pass": "forward+backward" if backward else "forward", "macs": macs, "ms": ms,
-                       "spread_ms": {n: [min(t), max(t)] for n, t in times.items()},
+                       "spread_ms": spread,
                        "unavailable": {n: r[:160] for n, r in refused.items()}}
-                if limit and kind != "float32":
-                    row["share_of_limit"] = {n: 1e3 * 2 * macs / limit[1] / t for n, t in ms.items()}
+                if most and kind != "float32":
+                    row["share_of_limit"] = {n: 1e3 * 2 * macs / most[1] / t for n, t in ms.items()}
                 yield row
 
 
 if __name__ == "__main__":
-    where = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps({"machine": machine(str(where)), "device": str(where), "rows": list(rows(where))}, indent=2))
+    main(rows)

@@ -31,7 +31,9 @@ def good() -> dict:
         "format": 1, "name": "Tesla T4", "device": "cuda", "date": "2026-11-23T21:00:00+00:00", "machine": MACHINE, "budget": 570.0,
         "seconds": 400.0, "idle_clocks": {"sm_mhz": 300.0},
         "jobs": [job | {"name": "deit_small_patch16_224", "kind": "model", "rows": [model()]},
-                 job | {"name": "add_norm", "kind": "operator", "cut": "stopped after 40 s", "rows": rows}]})
+                 job | {"name": "add_norm", "kind": "operator", "cut": "stopped after 40 s", "rows": rows},
+                 job | {"name": "shares", "kind": "shares", "rows": [operator("float32", all=4.0, add_norm=1.0) | {
+                     "model": "deit_small_patch16_224", "calls": {"add_norm": 12}, "share": {"add_norm": 0.25}, "batch": 1}]}]})
 
 
 @pytest.fixture
@@ -57,6 +59,7 @@ def test_merged_and_rendered_idempotently(tree):
     text = (tree / "README.md").read_text()
     assert text.startswith("before\n<!-- cards -->\n**Tesla T4**, cuda 13.2, torch 2.15.0+cu132, triton 3.9.0")
     assert "1590 MHz under load" in text
+    assert "| deit_small_patch16_224 | float32 | 1 | forward | 4.0 | add_norm 25.0% |" in text
     assert "| `add_norm` | float16 | forward | 2 | triton | 1.00 (0.50 to 2.00) | 1 of 2 | compiled, eager |" in text
     assert "Not finished in time, or failed: add_norm (2 rows)." in text
     assert "| deit_small_patch16_224 | tokens 0.7 | float16 | 1 | 4.00 | 2.00 | 2.00 | 1.60 | 1.25 | eager | 4.00 | 2.00 |" in text
@@ -106,7 +109,7 @@ def job(i: int, **change) -> dict:
     (good() | {"machine": without("threads")}, "machine.threads must be a number, got None"),
     (good() | {"jobs": []}, "jobs must be a list with at least one job"),
     (good() | {"jobs": [3]}, r"jobs\[0\] must be an object, got 3"),
-    (job(1, kind="other"), r"jobs\[1\].kind must be operator or model, got 'other'"),
+    (job(1, kind="other"), r"jobs\[1\].kind must be operator, model or shares, got 'other'"),
     (job(1, cut=3), r"jobs\[1\].cut must be null or a text, got 3"),
     (job(1, clocks={"sm_mhz": 3}), r"jobs\[1\].clocks.sm_mhz must be \[least, median, most\], got 3"),
     (job(1, rows=[{"dtype": "float16"}]), r"jobs\[1\].rows\[0\].ms must be a dict, got None"),

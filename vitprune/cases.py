@@ -2,6 +2,7 @@
 
 A new operator joins both with an entry in CASES.
 """
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from . import ops
 from .ops import registry
+from .tokens import TokenPredictor
 
 HEADS = {"tiny": 3, "small": 6, "base": 12}  # DeiT; every head is 64 wide
 KEEPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 BATCHES = (1, 8, 32, 128, 512, 1024)
 TOKENS = 197
-INFERENCE = ("select_tokens", "compact_tokens", "expand_rows")  # where the gradient is not worth timing
+INFERENCE = ("select_tokens", "score_tokens", "compact_tokens", "expand_rows")  # where the gradient is not worth timing
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,12 @@ def _policy_attention(s: Size, make: _Maker):
     return run, [make.normal(s.B, s.tokens, 3 * 64 * s.H), make.mask(s.B, s.tokens, share=s.keep).to(make.dtype)]
 
 
+def _score_tokens(s: Size, make: _Maker):
+    predictor = TokenPredictor(64 * s.H).to(make.device, make.dtype)
+    of = {make.dtype: predictor, torch.float64: copy.deepcopy(predictor).double()}  # the check's truth is float64
+    return (lambda x: ops.score_tokens(x, of[x.dtype])), [make.normal(s.B, s.kept - 1, 64 * s.H)]
+
+
 def _sliced_linear(s: Size, make: _Maker, side: str):
     """q, k and v of the live heads, or the projection of what they give."""
     C, live = 64 * s.H, make.live(s.H, s.keep)
@@ -109,6 +117,7 @@ def _sliced_mlp(s: Size, make: _Maker):
 CASES: dict[str, Callable] = {  # operator, or operator and form -> (function, its tensors)
     "select_tokens": _select_tokens, "compact_tokens": _compact_tokens, "expand_rows": _expand_rows, "add_norm": _add_norm,
     "short_attention": _short_attention, "short_attention packed": _packed_attention, "policy_attention": _policy_attention,
+    "score_tokens": _score_tokens,
     "sliced_linear out": lambda s, make: _sliced_linear(s, make, "out"), "sliced_linear in": lambda s, make: _sliced_linear(s, make, "in"),
     "sliced_mlp": _sliced_mlp,
 }

@@ -1,9 +1,11 @@
 """A linear layer over the live blocks of its inputs or outputs only, read from the full weights."""
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .registry import Backend, call, choose, define, fail, find, gradient, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP = "sliced_linear"
 
@@ -24,7 +26,7 @@ def sliced_linear(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, *, side:
     inputs = w.shape[1] if side == "out" else live.shape[0] * width
     (x.dim() > 0 and x.shape[-1] == inputs) or fail(OP, "x", f"[..., {inputs}]", x.shape)
     b is None or b.shape == w.shape[:1] or fail(OP, "b", f"[O] = {tuple(w.shape[:1])}", b if b is None else b.shape)
-    return call(OP, choose(OP, x.device, x.dtype, width=width), x, w, b, live, side, width)
+    return call(OP, choose(OP, x.device, x.dtype, width=width, large=large(prod(x.shape[:-1]))), x, w, b, live, side, width)
 
 
 def check_live(op: str, live: Tensor, blocks: int, device: torch.device) -> None:

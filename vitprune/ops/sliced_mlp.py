@@ -1,9 +1,11 @@
 """The head-sliced fused MLP's other half: fc1, GELU and fc2 over the live hidden blocks only, from the full weights."""
+from math import prod
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .registry import Backend, call, choose, define, fail, find, gradient, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 from .sliced_linear import block_index, check_live
 
 OP = "sliced_mlp"
@@ -27,7 +29,7 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     check_live(OP, live, hidden // width, x.device)
     out = (*x.shape[:-1], w2.shape[0])
     residual is None or residual.shape == out or fail(OP, "residual", f"{out}", residual if residual is None else residual.shape)
-    name = choose(OP, x.device, x.dtype, width=width)
+    name = choose(OP, x.device, x.dtype, width=width, large=large(prod(x.shape[:-1])))
     if residual is not None and (residual.dtype != x.dtype or torch.is_autocast_enabled(x.device.type)):  # it keeps its precision
         return residual + call(OP, name, x, w1, b1, w2, b2, live, None, width)
     return call(OP, name, x, w1, b1, w2, b2, live, residual, width)
