@@ -231,11 +231,11 @@ def candidates(dtype: torch.dtype, arch: int, **shape: int) -> list[dict]:
     return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
 
 
-def refuses(device: torch.device, dtype: torch.dtype, *, head_dim: int = 64, **_) -> str | None:
-    """Why `launch` cannot serve, or None. dtype: of q, k and v."""
+def refuses(device: torch.device, dtype: torch.dtype, *, fits: bool = True, **_) -> str | None:
+    """Why `launch` cannot serve, or None. dtype: of q, k and v; fits: whether the heads' width is one of WIDTHS."""
     if dtype not in DTYPES:
         return f"no kernel for {dtype}"
-    return None if head_dim in WIDTHS else f"no kernel for heads of width {head_dim}: a multiple of 16 from 16 to 128 is needed"
+    return None if fits else f"the heads' width is not a multiple of 16 in {WIDTHS[0]}..{WIDTHS[-1]}"
 
 
 def _on(device: torch.device):

@@ -209,11 +209,18 @@ def test_triton_registered_and_deterministic(device, eps):
         assert compiled(*(t[:, :, :7] for t in tensors[:3]), tensors[3][:, :7]).shape == (2, 2, 7, 32)
 
 
+def test_compiled_with_dynamic_sizes():
+    compiled = torch.compile(ops.policy_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for B, H, N, D in ((2, 3, 5, 16), (3, 2, 7, 32)):
+        q, policy = torch.randn(B, H, N, D, requires_grad=True), torch.ones(B, N)
+        torch.testing.assert_close(compiled(q, q, q, policy), ops.policy_attention(q, q, q, policy))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_triton_refuses(device):
     q = torch.randn(1, 1, 4, 8, device=device)
     with backend("triton"):
-        with pytest.raises(RuntimeError, match="heads of width 8: a multiple of 16 from 16 to 128"):
+        with pytest.raises(RuntimeError, match="the heads. width is not a multiple of 16 in 16..128"):
             ops.policy_attention(q, q, q, torch.ones(1, 4, device=device))
         with pytest.raises(RuntimeError, match="no kernel for torch.float64"):
             ops.policy_attention(*(q.double(),) * 3, torch.ones(1, 4, device=device).double())

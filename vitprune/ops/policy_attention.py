@@ -23,7 +23,8 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, scale: 
     B, H, N, D = _check(q, k, v, policy, eps)
     if q.numel() == 0:
         return v.clone()
-    name = choose(OP, q.device, q.dtype, head_dim=D, large=large(B * N))
+    fits = True if D % 16 == 0 and 16 <= D <= 128 else False  # a branch, not the size: a graph with dynamic sizes has none to choose by
+    name = choose(OP, q.device, q.dtype, fits=fits, large=large(B * N))
     return call(OP, name, q, k, v, policy, D ** -0.5 if scale is None else scale, eps)[0]
 
 
