@@ -30,7 +30,8 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     out = (*x.shape[:-1], w2.shape[0])
     residual is None or residual.shape == out or fail(OP, "residual", f"{out}", residual if residual is None else residual.shape)
     name = choose(OP, x.device, x.dtype, width=width, large=large(prod(x.shape[:-1])))
-    if residual is not None and (residual.dtype != x.dtype or torch.is_autocast_enabled(x.device.type)):  # it keeps its precision
+    cast = x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
+    if residual is not None and (cast or residual.dtype != x.dtype):  # it keeps its precision
         return residual + call(OP, name, x, w1, b1, w2, b2, live, None, width)
     return call(OP, name, x, w1, b1, w2, b2, live, residual, width)
 
