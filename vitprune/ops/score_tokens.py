@@ -28,9 +28,9 @@ def reference(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Ten
 
 
 def split(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Tensor:
-    """Without the concatenation: the shared half of its product is one vector an image, and of two logits the difference is enough."""
+    """Without the concatenation: the shared half of its product is one vector an image, and two logits need no softmax."""
     norm, first = predictor.in_conv[:2]
-    second, third, last = predictor.out_conv[0:5:2]
+    second, third, last = predictor.out_conv[0], predictor.out_conv[2], predictor.out_conv[4]
     x = linear(norm(patches), first.weight, first.bias, gelu=True)
     local, shared = x.chunk(2, dim=-1)
     if mask is None:
@@ -39,10 +39,10 @@ def split(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Tensor:
         weight = mask[..., None].to(x.dtype)
         shared = (shared * weight).sum(1) / weight.sum(1).clamp(min=1)
     w_local, w_shared = second.weight.chunk(2, dim=1)
-    x = F.gelu(F.linear(local, w_local) + F.linear(shared, w_shared, second.bias)[:, None])
-    x = linear(x, third.weight, third.bias, gelu=True)
-    keep, drop = last.weight.chunk(2)
-    return F.linear(x, keep - drop, last.bias[:1] - last.bias[1:])[..., 0]
+    shared = F.linear(shared, w_shared, second.bias)
+    x = F.gelu(F.linear(local, w_local) + shared[:, None])
+    logits = last(linear(x, third.weight, third.bias, gelu=True))
+    return logits[..., 0] - logits[..., 1]
 
 
 serve(OP, Backend("split", split, composite=True), Backend("reference", reference, composite=True))

@@ -76,7 +76,8 @@ def _native_bfloat16() -> bool:
 def _matmuls(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
     B, N, X = qkv.shape
     q, k, v = qkv.view(B, N, 3, num_heads, -1).permute(2, 0, 3, 1, 4).reshape(3, B * num_heads, N, -1)
-    out = torch.bmm(torch.bmm(q * scale, k.transpose(1, 2)).softmax(-1), v)
+    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale)  # beta 0: the first is not read
+    out = torch.bmm(scores.softmax(-1), v)
     return out.view(B, num_heads, N, -1).transpose(1, 2).reshape(B, N, X // 3)
 
 
