@@ -72,8 +72,12 @@ class _Pruned:
     # --- forward -----------------------------------------------------------------------------------------------------
 
     def _stream(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> _Stream:
-        if images.dim() != 4 or images.shape[1] != self.in_chans or not images.is_floating_point():
-            raise ValueError(f"PrunedViT: images must be floating point [B, {self.in_chans}, H, W], "
+        if not isinstance(images, Tensor):
+            raise TypeError(f"PrunedViT: images must be a tensor, got {type(images).__name__}")
+        H, W = self.patch_embed.img_size if getattr(self.patch_embed, "strict_img_size", False) else ("H", "W")
+        fits = images.dim() == 4 and images.shape[1] == self.in_chans and (H == "H" or (images.shape[2] == H and images.shape[3] == W))
+        if not fits or not images.is_floating_point():
+            raise ValueError(f"PrunedViT: images must be floating point [B, {self.in_chans}, {H}, {W}], "
                              f"got {images.dtype} {tuple(images.shape)}")
         masked = attn_mask is not None or is_causal
         if masked and self.tokens is not None:
@@ -211,6 +215,19 @@ class _Pruned:
                              f"before blocks {self.tokens.at}: there is no full grid to return")
         return super().forward_intermediates(x, *args, **kwargs)
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """timm's; raises ValueError for a pooling that has no meaning where tokens are gone."""
+        if self.tokens is not None and global_pool is not None:
+            _check_pool("reset_classifier", global_pool)
+        super().reset_classifier(num_classes, global_pool)
+
+    def prune_intermediate_layers(self, *args, **kwargs):
+        """timm's, for models that keep all their tokens; raises ValueError where tokens leave before blocks by number."""
+        if self.tokens is not None:
+            raise ValueError("prune_intermediate_layers: the model must keep all its tokens, but token pruning removes patches "
+                             f"before blocks {self.tokens.at}: drop layers first, then prune tokens")
+        return super().prune_intermediate_layers(*args, **kwargs)
+
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """timm's layer groups; the token predictors go with the last group."""
@@ -234,7 +251,8 @@ def prune(model: nn.Module, tokens: TokenPruning | None = None, blocks: BlockPru
 
     Parameter names stay timm's, so that checkpoints load; token predictors are `score_predictor.{stage}` in DynamicViT's
     layout. In evaluation tokens really leave; in training a straight-through policy masks them. Blocks are chosen at once.
-    Raises TypeError for a model of another kind, ValueError for a part or a combination that is not supported.
+    A model whose blocks are masked is compacted before its blocks are pruned again. Raises TypeError for a model of another
+    kind, ValueError for a part or a combination that is not supported.
     """
     if tokens is None and blocks is None:
         raise ValueError("prune: tokens or blocks must be given, got neither")
@@ -242,9 +260,16 @@ def prune(model: nn.Module, tokens: TokenPruning | None = None, blocks: BlockPru
         if value is not None and not isinstance(value, cls):
             raise TypeError(f"prune: {name} must be a {cls.__name__}, got {type(value).__name__}")
     _check(model, tokens)
+    if blocks is not None and isinstance(model, _Pruned) and (model.learning is not None or any(
+            b.attn.live is not None or b.attn.dims is not None or b.mlp.live is not None for b in model.blocks)):
+        raise ValueError("prune: blocks must be None for a model whose blocks are masked or being learned, which would all come back: "
+                         "compact it first (vitprune.compact), or prune the dense model")
     new = copy.deepcopy(model)
     if type(new) in _PRUNED:
-        new = adopt(_PRUNED[type(new)], new)
+        try:
+            new = adopt(_PRUNED[type(new)], new)
+        except ValueError as error:
+            raise ValueError(f"prune: the blocks of {type(model).__name__} cannot be pruned: {error}") from error
     if tokens is not None:
         new._set_tokens(tokens)
     if blocks is not None:
@@ -254,6 +279,11 @@ def prune(model: nn.Module, tokens: TokenPruning | None = None, blocks: BlockPru
             if new.blocks[i - 1].attn.live_heads == 0:
                 raise ValueError(f"prune: blocks must keep a head in block {i - 1}, whose class attention scores the tokens")
     return new
+
+
+def _check_pool(function: str, pool: str) -> None:
+    if pool not in ("token", "avg"):
+        raise ValueError(f"{function}: global_pool must be 'token' or 'avg' where tokens are pruned, got {pool!r}")
 
 
 def _check(model: nn.Module, tokens: TokenPruning | None) -> None:
@@ -271,8 +301,10 @@ def _check(model: nn.Module, tokens: TokenPruning | None) -> None:
     if tokens.at[-1] >= len(model.blocks):
         stage = next(s for s, i in enumerate(tokens.at) if i >= len(model.blocks))
         raise ValueError(f"prune: at of stage {stage} must be a block in 0..{len(model.blocks) - 1}, got {tokens.at[stage]}")
-    if model.attn_pool is not None or model.global_pool not in ("token", "avg"):
-        raise ValueError(f"prune: global_pool must be 'token' or 'avg' where tokens are pruned, got {model.global_pool!r}")
+    _check_pool("prune", "map" if model.attn_pool is not None else model.global_pool)
+    if tokens.score == "predictor" and model.embed_dim % 4:
+        raise ValueError("prune: score must be 'cls_attention' or 'random': predictors need a width that is a multiple of 4, "
+                         f"got {model.embed_dim}")
     if not isinstance(model.patch_drop, nn.Identity):
         raise ValueError("prune: patch_drop_rate must be 0 where tokens are pruned")
     if not model.has_class_token:
