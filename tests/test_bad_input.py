@@ -1,4 +1,5 @@
 """Every kind of bad input at the public surface and the one error that answers it: it names the argument, what was expected, what came."""
+import json
 import os
 from functools import partial
 
@@ -6,12 +7,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from timm.layers import SwiGLU
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
 
-from vitprune import BlockPruning, PrunedAttention, PrunedMlp, TokenPruning, compact, ops, prune
+from vitprune import BlockPruning, PrunedAttention, PrunedMlp, TokenPruning, accelerate, compact, ops, prune
 from vitprune.checkpoint import load, save
 from vitprune.convert import load_dynamicvit, load_weights
 
@@ -117,6 +119,13 @@ PRUNING = {
     "BlockPruning: start must be None or 'zero' with a threshold, got 'sensitivity'":
         lambda: BlockPruning(method="movement", threshold=0.5, start="sensitivity"),
     "BlockPruning: granularity must be an int >= 1, got 0": lambda: BlockPruning(granularity=0),
+    "BlockPruning: seed must be an int >= 0, got 'a'": lambda: BlockPruning(0.5, method="random", seed="a"),
+    "BlockPruning: schedule must be a Cubic, got 'x'": lambda: BlockPruning(0.5, method="movement", schedule="x"),
+    "BlockPruning: heads must be 'h_FRACTION_d_FRACTION' joined by '-', got 'h_1.2.3_d_0.4'": lambda: BlockPruning("h_1.2.3_d_0.4"),
+    "PrunedAttention: live must be ids of heads, got [0.5]": lambda: PrunedAttention(64, num_heads=4, live=[0.5]),
+    "PrunedAttention: live must be ids of heads, got 3": lambda: PrunedAttention(64, num_heads=4, live=3),
+    "TokenPruning: multiple_of must be an int, got True": lambda: TokenPruning(0.5, multiple_of=True),
+    "accelerate: dtype must be a floating point torch.dtype, got 'float32'": lambda: accelerate(sequence(), 1, dtype="float32"),
     "BlockPruning: budget must be None or in (0, 1], got 0": lambda: BlockPruning(budget=0),
     "BlockPruning: budget must be None where heads or hidden are given, got 0.5": lambda: BlockPruning(0.5, budget=0.5),
     "BlockPruning: heads must be one fraction, or one for each of 4 layers, got (0.5, 1)":
@@ -206,6 +215,16 @@ def described(text):
     return damage(lambda path: save_file({}, path, metadata={"vitprune": text}))
 
 
+def redescribed(change):
+    """A whole model whose description `change` has altered."""
+    def edit(path):
+        with safe_open(path, "pt") as file:
+            description, state = json.loads(file.metadata()["vitprune"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        change(description)
+        save_file(state, path, metadata={"vitprune": json.dumps(description)})
+    return damage(edit)
+
+
 FILES = {  # message -> (what to write into a folder, what to do with it)
     "save: model must come from vitprune.prune, got timm.models.vision_transformer.VisionTransformer":
         (lambda d: d, lambda d: save(vit(), d)),
@@ -220,6 +239,14 @@ FILES = {  # message -> (what to write into a folder, what to do with it)
     "model.safetensors must be written by vitprune.save": (write("model.safetensors", vit().state_dict()), lambda p: load(p.parent)),
     "must be of format 1, got 99 (written by another version)": (described('{"format": 99}'), load),
     "is damaged (KeyError('class'))": (described('{"format": 1}'), load),
+    "is damaged (ValueError('blocks[0] cannot be as described'))":
+        (redescribed(lambda d: d["blocks"][0].update(heads=10 ** 9)), load),
+    "is damaged (ValueError('blocks[1] cannot be as described'))":
+        (redescribed(lambda d: d["blocks"][1].update(hidden=10 ** 9)), load),
+    "is damaged (ValueError('depth cannot be as described'))":
+        (redescribed(lambda d: d["arguments"].update(depth=10 ** 9)), load),
+    "is damaged (ValueError('trained, preprocessing, qkv_bias cannot be as described'))":
+        (redescribed(lambda d: (d.update(trained="evil", preprocessing="evil"), d["arguments"].update(qkv_bias={}))), load),
     "is damaged (JSONDecodeError": (described('{"format'), load),
     "read_checkpoint: path must be a file, got": (lambda d: d / "none.pth", lambda p: load_weights(vit(), p)),
     "w.pth is truncated or not a checkpoint": (cut("w.pth"), lambda p: load_weights(vit(), p)),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import learned
 from .learned import Cubic
-from .tokens import is_number
+from .tokens import is_int, is_number
 
 if TYPE_CHECKING:
     from .layers import PrunedAttention, PrunedMlp
@@ -70,7 +70,9 @@ class BlockPruning:
                 object.__setattr__(self, name, tuple(value))
             _require(all(0 <= f <= 1 for f in ([value] if is_number(value) else value)), name, "in [0, 1]", value)
         _require(self.method in METHODS, "method", f"one of {METHODS}", self.method)
-        _require(isinstance(self.granularity, int) and self.granularity >= 1, "granularity", "an int >= 1", repr(self.granularity))
+        for name, least in (("granularity", 1), ("seed", 0)):
+            _require(is_int(getattr(self, name)) and getattr(self, name) >= least, name, f"an int >= {least}", repr(getattr(self, name)))
+        _require(isinstance(self.schedule, Cubic), "schedule", "a Cubic", repr(self.schedule))
         _require(self.start in (None, "sensitivity", "zero"), "start", "None, 'sensitivity' or 'zero'", repr(self.start))
         _require(self.start is None or self.method == "movement", "start", f"None for method={self.method!r}", repr(self.start))
         _require(self.start != "sensitivity" or self.threshold is None, "start", "None or 'zero' with a threshold", repr(self.start))
@@ -204,7 +206,7 @@ def top_dims(scores: Tensor, fraction: float) -> Tensor:
 
 def parse_spec(text: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """EdgeVisionTransformer's "h_0.5_d_0.4-h_1_d_0.9-..." -> fractions of heads and of hidden units, one a layer."""
-    found = [re.fullmatch(r"h_([0-9.]+)_d_([0-9.]+)", part) for part in text.split("-")]
+    found = [re.fullmatch(r"h_(\d*\.?\d+)_d_(\d*\.?\d+)", part) for part in text.split("-")]
     _require(all(found), "heads", "'h_FRACTION_d_FRACTION' joined by '-'", repr(text))
     return tuple(float(m[1]) for m in found), tuple(float(m[2]) for m in found)
 

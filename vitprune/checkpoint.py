@@ -16,7 +16,7 @@ from timm.layers import PatchEmbed
 from timm.layers.activations import GELU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import adopt, compact_block
 from .resume import sync
@@ -65,7 +65,7 @@ def load(folder: str | os.PathLike, device: str | torch.device = "cpu") -> Prune
 
     Raises FileNotFoundError, and ValueError naming the file for one that is truncated, foreign or not consistent.
     """
-    path = Path(folder) / WEIGHTS
+    path, device = Path(folder) / WEIGHTS, torch.device(device)  # a device that does not exist is not the file's fault
     if not path.is_file():
         raise FileNotFoundError(f"load: folder must hold {WEIGHTS}, {path} is missing")
     try:
@@ -80,6 +80,7 @@ def load(folder: str | os.PathLike, device: str | torch.device = "cpu") -> Prune
     try:
         config = json.loads(text)
         if config["format"] == FORMAT:
+            _check_description(config, state)
             model = _rebuild(config)
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"load: the description in {path} is damaged ({error!r})") from error
@@ -165,6 +166,24 @@ def _preprocessing(model: PrunedViT) -> dict:
     kept = {k: known[k] for k in _PREPROCESSING if known.get(k) is not None}
     embed = model.patch_embed
     return kept | {"input_size": (embed.proj.in_channels, *embed.img_size), "num_classes": model.num_classes} if kept else {}
+
+
+def _check_description(config: dict, state: dict[str, Tensor]) -> None:
+    """Raise ValueError where a description cannot be that of these tensors, before anything is made as large as it says."""
+    kinds = {"class": str, "arguments": dict, "distilled_training": bool, "blocks": list, "trained": bool, "preprocessing": dict}
+    switches = ("class_token", "no_embed_class", "pre_norm", "final_norm", "fc_norm", "dynamic_img_size", "qkv_bias", "proj_bias",
+                "qk_norm", "pool_include_prefix")
+    wrong = [name for name, kind in kinds.items() if not isinstance(config[name], kind)]
+    wrong += [name for name in switches if not isinstance(config["arguments"].get(name), (bool, type(None)))]
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    wrong += ["depth"] if not depth == len(config["blocks"]) == config["arguments"]["depth"] else []
+    for i, sizes in enumerate(config["blocks"] if not wrong else ()):
+        units = {"hidden": state[f"blocks.{i}.mlp.fc1.weight"].shape[0], "heads": state[f"blocks.{i}.attn.qkv.weight"].shape[0]}
+        sized = all(isinstance(sizes[name], int) for name in ("heads", "head_dim", "hidden")) and sizes["head_dim"] > 0
+        if not sized or sizes["hidden"] != units["hidden"] or 3 * sizes["heads"] * sizes["head_dim"] != units["heads"]:
+            wrong.append(f"blocks[{i}]")
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} cannot be as described")
 
 
 def _rebuild(config: dict) -> PrunedViT:

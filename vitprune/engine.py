@@ -31,8 +31,8 @@ def accelerate(model: nn.Module, batch_size: int, dtype: torch.dtype = torch.flo
 
     if batch_size < 1:
         raise ValueError(f"accelerate: batch_size must be >= 1, got {batch_size}")
-    if not dtype.is_floating_point:
-        raise ValueError(f"accelerate: dtype must be a floating point dtype, got {dtype}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"accelerate: dtype must be a floating point torch.dtype, got {dtype!r}")
     device = torch.device(device or next(model.parameters()).device)
     if device.type == "cuda" and getattr(getattr(model, "tokens", None), "threshold", None) is not None:
         raise ValueError("accelerate: model must keep a fixed number of tokens; with tokens.threshold shapes depend on the image")

@@ -1,4 +1,5 @@
 """Drop-in attention, MLP and block of a timm vision transformer that skip what is pruned."""
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -42,7 +43,11 @@ def _live_buffer(module: nn.Module, kind: str, ids: Sequence[int] | None, count:
     """Store which of `count` units are live, None where all are; it is not part of the state dict."""
     name, device = type(module).__name__, next(module.parameters()).device
     if ids is not None:
-        ids = [int(i) for i in ids]
+        try:
+            whole = [operator.index(i) for i in ids]
+        except TypeError:
+            raise TypeError(f"{name}: live must be ids of {kind}, got {ids!r}") from None
+        ids = whole
         if sorted(set(ids)) != ids or (ids and not (0 <= ids[0] and ids[-1] < count)):
             raise ValueError(f"{name}: live must be ascending ids of {kind} in 0..{count - 1}, each once, got {ids}")
         ids = None if len(ids) == count else torch.tensor(ids, dtype=torch.int32, device=device)

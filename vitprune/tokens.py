@@ -38,7 +38,7 @@ class TokenPruning:
 
     def __post_init__(self) -> None:
         for name, value, scalar in (("keep", self.keep, True), ("at", self.at, False)):
-            if isinstance(value, (list, tuple)):
+            if isinstance(value, (list, tuple, range)):
                 object.__setattr__(self, name, tuple(value))
             else:
                 expected = "a number or a sequence" if scalar else "a sequence of block numbers"
@@ -47,11 +47,11 @@ class TokenPruning:
             _require(all(map(is_number, self.keep)), "keep", "numbers", self.keep)
         for name in ("multiple_of", "min_keep"):
             value = getattr(self, name)
-            _require(isinstance(value, int) or (value is None and name == "multiple_of"), name, "an int", repr(value))
+            _require(is_int(value) or (value is None and name == "multiple_of"), name, "an int", repr(value))
         _require(self.threshold is None or is_number(self.threshold), "threshold", "None or a number", repr(self.threshold))
         _require(self.schedule in SCHEDULES, "schedule", f"one of {SCHEDULES}", self.schedule)
         _require(self.score in SCORES, "score", f"one of {SCORES}", self.score)
-        _require(bool(self.at) and all(isinstance(i, int) and i >= 0 for i in self.at) and
+        _require(bool(self.at) and all(is_int(i) and i >= 0 for i in self.at) and
                  list(self.at) == sorted(set(self.at)), "at", "ascending block numbers >= 0, each once", self.at)
         _require(self.score != "cls_attention" or self.at[0] > 0, "at",
                  "> 0 for cls_attention, which reads the block before", self.at)
@@ -103,6 +103,11 @@ class TokenPruning:
 def is_number(value) -> bool:
     """Whether value is an int or a float; a bool is neither."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_int(value) -> bool:
+    """Whether value is an int; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _require(condition: bool, argument: str, expected: str, got) -> None:
