@@ -20,9 +20,9 @@ def adopt(cls: type[nn.Module], module: nn.Module) -> nn.Module:
     return new
 
 
-def _watched(*modules: nn.Module) -> bool:
-    """Whether a hook expects to see one of these modules called."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+def _watched(module: nn.Module) -> bool:
+    """Whether a hook expects to see this module called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:

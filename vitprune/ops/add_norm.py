@@ -18,10 +18,11 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, e
     Raises ValueError for shapes that do not fit together.
     """
     residual.shape == x.shape or fail(OP, "residual", f"like x, {tuple(x.shape)}", residual.shape)
+    C = x.shape[-1:]
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
-        t is None or t.shape == x.shape[-1:] or fail(OP, name, f"[C] = {tuple(x.shape[-1:])}", t if t is None else t.shape)
+        t is None or t.shape == C or fail(OP, name, f"[C] = {tuple(C)}", t if t is None else t.shape)
     # A branch on the size, not the size: a graph traced with dynamic sizes needs constants to choose by.
-    facts = {"residual": residual.dtype, "weight": weight.dtype, "wide": True if x.shape[-1] > 4096 else False,
+    facts = {"residual": residual.dtype, "weight": weight.dtype, "wide": True if C[0] > 4096 else False,
              "large": large(prod(x.shape[:-1]))}
     return call(OP, choose(OP, x.device, x.dtype, **facts), x, residual, weight, bias, gamma, eps)
 
