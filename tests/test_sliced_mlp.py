@@ -96,7 +96,7 @@ def test_triton(device, count):
                             device=device, dtype=torch.long)
         assert not got[2].index_select(0, dead).any() and not got[4 if case["b1"] else 3].index_select(1, dead).any()
     explore(check, cases(False), cases(True), count, describe)
-    assert sum(lucky) <= len(lucky) // 100
+    assert sum(lucky) <= 3 * len(lucky) // 100
 
 
 @pytest.mark.parametrize("device", DEVICES)
