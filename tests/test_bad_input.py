@@ -100,7 +100,7 @@ PRUNING = {
     "TokenPruning: keep must be in (0, 1], got 0": lambda: TokenPruning(0),
     "TokenPruning: keep must be in (0, 1], got 1.2": lambda: TokenPruning(1.2),
     "TokenPruning: keep must be in (0, 1], got nan": lambda: TokenPruning(float("nan")),
-    "TokenPruning: keep must be one entry for each of the 3 stages, got (0.5,)": lambda: TokenPruning([0.5]),
+    "TokenPruning: keep must be a base rate in (0, 1] or one entry for each of the 3 stages, got (0.5,)": lambda: TokenPruning([0.5]),
     "TokenPruning: keep of stage 1 must be at most the stage before, 0.5, got 0.7": lambda: TokenPruning([0.5, 0.7], at=(1, 2)),
     "TokenPruning: keep of stage 2 must be >= 0 (base rate 0.3, subtractive), got -0.1": lambda: TokenPruning(0.3, schedule="subtractive"),
     "TokenPruning: schedule must be one of ('geometric', 'subtractive'), got linear": lambda: TokenPruning(0.5, schedule="linear"),

@@ -35,6 +35,8 @@ def load_weights(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
     The values are cast to the model's dtype. Its own settings stay: Hugging Face's LayerNorm eps is 1e-12, timm's 1e-6.
     Raises ValueError for a damaged file, one that asks for code, and one that does not fit, listing what differs.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"load_weights: model must be a torch module, got {type(model).__name__}")
     if not isinstance(source, (str, os.PathLike, Mapping)):
         raise TypeError(f"load_weights: source must be a file or a state dict, got {type(source).__name__}")
     where = f"load_weights: {source if isinstance(source, (str, os.PathLike)) else 'source'}"

@@ -61,7 +61,8 @@ class TokenPruning:
         _require(self.threshold is None or self.score == "predictor", "threshold",
                  "None unless score='predictor', the only score that is a probability", self.threshold)
         if isinstance(self.keep, tuple):
-            _require(len(self.keep) == len(self.at), "keep", f"one entry for each of the {len(self.at)} stages", self.keep)
+            _require(len(self.keep) == len(self.at), "keep",
+                     f"a base rate in (0, 1] or one entry for each of the {len(self.at)} stages", self.keep)
             for s, r in enumerate(self.keep):
                 ok = r >= 0 if isinstance(r, int) else 0 <= r <= 1
                 _require(ok, f"keep of stage {s}", "a ratio in [0, 1] or a count >= 0", r)
