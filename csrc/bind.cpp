@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/policy_attention.h"
 #include "cpu/select_tokens.h"
 #include "launch.h"
 
@@ -42,6 +43,22 @@ void select_tokens_cuda(const Kernel *kernel, Address stream, SelectTokensParams
   launch_kernel(kernel, grid, pointer<void>(stream), &p);
 }
 
+PolicyAttentionParams policy_attention_params(py::tuple addresses, py::tuple sizes, py::tuple strides, float scale, float eps,
+                                              bool bfloat16) {
+  PolicyAttentionParams p{};
+  int i = 0;
+  auto next = [&] { return pointer<void>(addresses[i++].cast<Address>()); };
+  p.q = next(), p.k = next(), p.v = next(), p.policy = static_cast<float *>(next()), p.out = next();
+  p.m = static_cast<float *>(next()), p.z = static_cast<float *>(next());
+  p.dout = next(), p.dq = next(), p.dk = next(), p.dv = next(), p.dpolicy = static_cast<float *>(next());
+  p.B = sizes[0].cast<int>(), p.H = sizes[1].cast<int>(), p.N = sizes[2].cast<int>(), p.D = sizes[3].cast<int>();
+  i = 0;
+  for (auto *of : {p.q_strides, p.k_strides, p.v_strides, p.out_strides, p.dout_strides})
+    for (int axis = 0; axis < 4; axis++) of[axis] = strides[i++].cast<long long>();
+  p.scale = scale, p.eps = eps, p.bfloat16 = bfloat16;
+  return p;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -53,5 +70,7 @@ PYBIND11_MODULE(_native, m) {
 
   py::class_<SelectTokensParams>(m, "SelectTokensParams").def(py::init(&select_tokens_params));
   m.def("select_tokens_cpu", &select_tokens_cpu, py::call_guard<py::gil_scoped_release>());
+  py::class_<PolicyAttentionParams>(m, "PolicyAttentionParams").def(py::init(&policy_attention_params));
+  m.def("policy_attention_cpu", &policy_attention_cpu, py::call_guard<py::gil_scoped_release>());
   m.def("select_tokens_cuda", &select_tokens_cuda, py::call_guard<py::gil_scoped_release>());
 }

@@ -17,3 +17,17 @@ struct SelectTokensParams {
   int B, P, N, K;
   int rows;  // output rows a thread block copies (CUDA)
 };
+
+struct PolicyAttentionParams {
+  const void *q, *k, *v;  // [B, H, N, D], any strides
+  const float *policy;    // [B, N], contiguous
+  void *out;              // [B, H, N, D], any strides
+  float *m, *z;           // [B, H, N], contiguous: each row's maximum and sum
+  const void *dout;       // as out; null in the forward pass, with all that follows
+  void *dq, *dk, *dv;     // [B, H, N, D], contiguous
+  float *dpolicy;         // [B, H, N], contiguous: a share of each head
+  long long q_strides[4], k_strides[4], v_strides[4], out_strides[4], dout_strides[4];  // in elements
+  float scale, eps;
+  int bfloat16;  // 1: of q, k, v, out and their gradients; 0: float32
+  int B, H, N, D;
+};

@@ -11,11 +11,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
+from vitprune.native import reason_cpp
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [pytest.param("cpu", marks=[pytest.mark.interpreter, pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")]),
            pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU"))]
+CPP = pytest.mark.skipif(INTERPRETED or reason_cpp(torch.device("cpu")) is not None, reason="no C++ extension")
 ARCHS = (75, 80, 86, 89, 90, 100, 120)
 SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may have
+
+
+def kernels(*names: str, **cpu) -> list:
+    """Parameters (backend, device): those backends on every device that can run them here, and those of the CPU by name, each with a mark."""
+    return [pytest.param(name, *device.values, marks=device.marks) for name in names for device in DEVICES] + \
+        [pytest.param(name, "cpu", marks=mark) for name, mark in cpu.items()]
 
 
 def explore(check, small, real, count: int, describe) -> None:

@@ -2,13 +2,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
-from oracles import attention, check_operator, within_twice
+from kernel_checks import ARCHS, CPP, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
+from oracles import attention, check_operator, within_twice, within_twice_unless_lucky
 
 from vitprune import ops
 from vitprune.ops import backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNELS = kernels("triton", cpp=CPP)
 pytestmark = pytest.mark.usefixtures("poison")
 
 
@@ -105,14 +106,15 @@ def run(name, tensors, up, eps, convert=lambda t: t):
 
 
 @st.composite
-def cases(draw, real: bool):
+def cases(draw, name: str, real: bool):
     if real:
         B, H, N, D = draw(st.sampled_from(((1, 4), (2, 2), (1, 6)))) + (draw(st.integers(64, 260)), 64)
     else:
         B, H, N = draw(st.sampled_from([(b, h, n) for b in (1, 2, 5) for h in (1, 2, 3) for n in (1, 2, 3, 15, 16, 17, 31, 33, 48, 65, 128)
                                         if b * h * n <= 256]))
-        D = draw(st.sampled_from(range(32, 129, 16)))
-    return {"shape": (B, H, N, D), "dtype": draw(st.sampled_from(DTYPES)), "eps": draw(st.sampled_from((1e-6, 0.0))),
+        D = draw(st.sampled_from([*range(32, 129, 16), *((1, 4, 20, 33) if name == "cpp" else ())]))
+    dtypes = [d for d in DTYPES if name != "cpp" or d != torch.float16]
+    return {"shape": (B, H, N, D), "dtype": draw(st.sampled_from(dtypes)), "eps": draw(st.sampled_from((1e-6, 0.0))),
             "policy": draw(st.sampled_from(("hard", "soft", "ones", "zeros"))), "fused": draw(st.booleans()), "real": real,
             "seed": draw(st.integers(0, 2 ** 32 - 1))}
 
@@ -137,49 +139,50 @@ def tensors_of(case, device):
     return [*qkv, layout(policy, rng)], layout(random(B, H, N, D), rng)
 
 
-def check(case, device, unlucky):
+def check(case, name, device, unlucky):
     """Errors at most twice the larger of plain PyTorch's and of the closed form's in the same dtype, which like any fused backward
-    pass starts from the rounded output; where a few tokens leave these errors to luck, six times."""
+    pass starts from the rounded output; where a few tokens leave these errors to luck, six times, or
+    8 units in the last place of the output (32 in float32, in which a score is a sum of 128 products)."""
     tensors, up = tensors_of(case, device)
-    got, plain, form = (run(name, tensors, up, case["eps"]) for name in ("triton", "reference", "truth"))
+    got, plain, form = (run(name, tensors, up, case["eps"]) for name in (name, "reference", "truth"))
     for a, b, same, c in zip(got, plain, form, run("truth", tensors, up, case["eps"], torch.Tensor.double)):
         assert a.dtype == b.dtype and a.shape == b.shape
         worse = max(b, same, key=lambda t: (t.double() - c).abs().max())
         try:
             within_twice(a, worse, c)
         except AssertionError:
-            assert not case["real"]
+            assert not case["real"] or case["eps"] == 0  # one score far above the kept ones makes the gradient of its policy, and its error
             unlucky.append(case)
-            within_twice(a, c + 3 * (worse - c), c)
+            within_twice_unless_lucky(a, c + 3 * (worse - c), c, 32 if a.dtype == torch.float32 else 8)
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
-@pytest.mark.parametrize("device", DEVICES)
-def test_triton(device, count):
+@pytest.mark.parametrize("name, device", KERNELS)
+def test_kernel(name, device, count):
     unlucky = []
-    explore(lambda case: check(case, device, unlucky), cases(False), cases(True), count, describe)
+    explore(lambda case: check(case, name, device, unlucky), cases(name, False), cases(name, True), count, describe)
     print("outputs and gradients beyond twice the error:", len(unlucky))
     assert len(unlucky) <= count // 20
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_triton_long_sequences_and_large_scores(device):
+@pytest.mark.parametrize("name, device", KERNELS)
+def test_long_sequences_and_large_scores(name, device):
     torch.manual_seed(0)
     for N, eps in ((577, 1e-6), (1025, 0.0)):
         tensors = [*(3 * torch.randn(1, 1, N, 32, device=device) for _ in range(3)), torch.randint(2, (1, N), device=device).float()]
         up = torch.randn(1, 1, N, 32, device=device)
-        for a, b in zip(run("triton", tensors, up, eps), run("truth", tensors, up, eps, torch.Tensor.double)):
+        for a, b in zip(run(name, tensors, up, eps), run("truth", tensors, up, eps, torch.Tensor.double)):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_triton_keeps_what_is_dropped_apart(device):
+@pytest.mark.parametrize("name, device", KERNELS)
+def test_keeps_what_is_dropped_apart(name, device):
     """eps = 0: NaN, infinities and huge scores of dropped tokens stay in their own rows; a token alone sees itself."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, 20, 32, device=device) for _ in range(3))
     policy = torch.ones(2, 20, device=device)
     policy[:, 4:9] = 0
-    with backend("triton"):
+    with backend(name):
         clean = ops.policy_attention(q, k, v, policy, eps=0)
         q[:, :, 4], k[:, :, 4], v[:, :, 5], v[:, :, 6] = torch.nan, torch.inf, torch.nan, -torch.inf
         k[:, :, 7] *= 1e5
@@ -191,20 +194,20 @@ def test_triton_keeps_what_is_dropped_apart(device):
         torch.testing.assert_close(alone, v[:, :, 8:9])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name, device", KERNELS)
 @pytest.mark.parametrize("eps", [1e-6, 0.0])
-def test_triton_registered_and_deterministic(device, eps):
+def test_kernel_registered_and_deterministic(name, device, eps):
     torch.manual_seed(0)
     tensors = [*(torch.randn(2, 2, 9, 32, device=device) for _ in range(3)), torch.rand(2, 9, device=device)]
     up = torch.randn(2, 2, 9, 32, device=device)
     op = torch.ops.vitprune.policy_attention.default
-    torch.library.opcheck(op, (*(t.clone().requires_grad_() for t in tensors), 0.2, eps, "triton"))
-    first = run("triton", tensors, up, eps)
-    with backend("triton"):
+    torch.library.opcheck(op, (*(t.clone().requires_grad_() for t in tensors), 0.2, eps, name))
+    first = run(name, tensors, up, eps)
+    with backend(name):
         compiled = torch.compile(lambda *t: ops.policy_attention(*t, eps=eps), fullgraph=True, backend="aot_eager")
         leaves = [t.clone().requires_grad_() for t in tensors]
         out = compiled(*leaves)
-        for again in (run("triton", tensors, up, eps), (out, *torch.autograd.grad(out, leaves, up))):
+        for again in (run(name, tensors, up, eps), (out, *torch.autograd.grad(out, leaves, up))):
             assert all(torch.equal(a, b) for a, b in zip(first, again))
         assert compiled(*(t[:, :, :7] for t in tensors[:3]), tensors[3][:, :7]).shape == (2, 2, 7, 32)
 

@@ -128,3 +128,36 @@ def _select_tokens(x: Tensor, scores: Tensor, k: int, prefix: int):
                                         (B, prefix, N - prefix, k), strides, C * size // unit, unit,
                                         SCORE_TYPES[scores.dtype])
     return tokens, ids, params
+
+
+def refuses_policy_attention(device: torch.device, dtype: torch.dtype, **_) -> str | None:
+    """Why `policy_attention_cpp` cannot serve, or None. dtype: of q, k and v."""
+    return reason_cpp(device) or (None if dtype in (torch.float32, torch.bfloat16) else f"no kernel for {dtype}")
+
+
+def policy_attention_cpp(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`vitprune.ops.policy_attention` in C++: output [B, H, N, D], a transposed [B, N, H, D]; row maxima and sums [B, H, N], float32."""
+    B, H, N, D = q.shape
+    out = torch.empty(B, N, H, D, dtype=q.dtype).transpose(1, 2)
+    m, z = torch.empty(B, H, N), torch.empty(B, H, N)
+    _policy_attention(scale, eps, (q, k, v, policy, out, m, z))
+    return out, m, z
+
+
+def policy_attention_backward_cpp(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: Tensor, m: Tensor, z: Tensor,
+                                  scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and policy; m is held constant, which changes them by the order of eps."""
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
+    dpolicy = torch.empty(q.shape[:3])
+    _policy_attention(scale, eps, (q, k, v, policy, out, m, z), dout, dq, dk, dv, dpolicy)
+    return dq, dk, dv, dpolicy.sum(1).to(policy.dtype)
+
+
+def _policy_attention(scale: float, eps: float, forward: tuple[Tensor, ...], dout: Tensor | None = None, *gradients: Tensor) -> None:
+    q, k, v, policy, out, m, z = forward
+    policy = policy.float().contiguous()
+    strided = (q, k, v, out, out if dout is None else dout)
+    addresses = [0 if t is None else t.data_ptr() for t in (q, k, v, policy, out, m, z, dout, *(gradients or (None,) * 4))]
+    params = _native.PolicyAttentionParams(tuple(addresses), tuple(q.shape), tuple(s for t in strided for s in t.stride()), scale, eps,
+                                           q.dtype == torch.bfloat16)
+    _native.policy_attention_cpu(params, torch.get_num_threads())

@@ -1,0 +1,246 @@
+// One head at a time: its keys and values as float32 in a thread's cache, its scores a block of rows at a time.
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "policy_attention.h"
+#include "simd.h"
+
+namespace WIDTH_NAMESPACE {
+namespace {
+
+constexpr int ROWS = 48;  // of scores at a time: 40 KiB at 208 keys
+
+using Params = PolicyAttentionParams;
+
+inline float widen(unsigned short x) {
+  const unsigned bits = unsigned(x) << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+inline unsigned short narrow(float x) {  // to the nearest bfloat16, ties to even
+  unsigned bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// to [rows, padded] = x [rows, D]; what follows a row's D is zero.
+void get_rows(const Params &p, const void *x, long long at, const long long *strides, int rows, int padded, float *to) {
+  for (int i = 0; i < rows; i++, to += padded) {
+    const long long row = at + i * strides[2];
+    const float *wide = static_cast<const float *>(x) + row;
+    const unsigned short *half = static_cast<const unsigned short *>(x) + row;
+    const long long step = strides[3];
+    if (p.bfloat16) {
+      for (int d = 0; d < p.D; d++) to[d] = widen(half[d * step]);
+    } else if (step == 1) {
+      for (int d = 0; d < p.D; d++) to[d] = wide[d];
+    } else {
+      for (int d = 0; d < p.D; d++) to[d] = wide[d * step];
+    }
+    for (int d = p.D; d < padded; d++) to[d] = 0;
+  }
+}
+
+void put_row(const Params &p, const float *from, float scale, void *x, long long at, long long step) {
+  for (int d = 0; d < p.D; d++) {
+    if (p.bfloat16) static_cast<unsigned short *>(x)[at + d * step] = narrow(scale * from[d]);
+    else static_cast<float *>(x)[at + d * step] = scale * from[d];
+  }
+}
+
+inline bool finite(float x) { return x - x == 0; }
+
+// Sets what is not finite in dropped tokens of x [N, padded] to zero (eps = 0).
+void clean(const Params &p, const float *policy, int padded, float *x) {
+  for (int i = 0; i < p.N; i++)
+    if (!(policy[i] > 0))
+      for (int d = 0; d < p.D; d++)
+        if (!finite(x[i * padded + d])) x[i * padded + d] = 0;
+}
+
+// to [columns, rows] = x [rows, columns], rows past `rows` zero.
+void transpose(const float *x, int rows, int columns, float *to, int padded) {
+  for (int from = 0; from < padded; from += 16) {
+    const int end = from + 16 < padded ? from + 16 : padded;
+    for (int d = 0; d < columns; d++)
+      for (int i = from; i < end; i++) to[d * padded + i] = i < rows ? x[i * columns + d] : 0;
+  }
+}
+
+struct Head {  // sizes and scratch of one thread
+  int n, d;    // N and D in whole vectors
+  float *k, *v, *kt, *vt, *q, *up, *scores, *grad, *acc, *dk, *dv, *policy, *dpolicy, *sums;
+
+  // Lays its arrays out from `at`; returns their floats.
+  long long place(const Params &p, float *at) {
+    n = up_to(p.N), d = up_to(p.D);
+    float *const start = at;
+    const bool backward = p.dout != nullptr;
+    const long long all = (long long)n * d, block = ROWS * d, wide = (long long)ROWS * n;
+    auto take = [&](long long size) { float *here = at; at += size; return here; };
+    k = take(all), kt = take(all), v = take(all), q = take(block), acc = take(block), scores = take(wide);
+    policy = take(n), sums = take(d);
+    if (backward) vt = take(all), up = take(block), grad = take(wide), dk = take(all), dv = take(all), dpolicy = take(n);
+    return at - start;
+  }
+  static int up_to(int x) { return WIDTH_NAMESPACE::up(x); }
+};
+
+// A dropped token's score of itself, taken from its key as it is (eps = 0).
+void get_own_scores(const Params &p, const Head &h, int first, int rows, const void *k, long long k_at) {
+  for (int i = 0; i < rows; i++) {
+    if (h.policy[first + i] > 0) continue;
+    get_rows(p, k, k_at + (first + i) * p.k_strides[2], p.k_strides, 1, h.d, h.acc);
+    h.scores[i * h.n + first + i] = dot(h.q + i * h.d, h.acc, h.d);
+  }
+}
+
+// The scores of `rows` queries from `first`; those past N are -inf.
+void get_scores(const Params &p, const Head &h, int first, int rows, const void *k, long long k_at) {
+  product(rows, h.n, p.D, h.q, h.d, 1, h.kt, h.n, h.scores, h.n, false);
+  if (p.eps == 0) get_own_scores(p, h, first, rows, k, k_at);
+  for (int i = 0; i < rows; i++) {
+    float *const row = h.scores + i * h.n;
+    for (int j = 0; j < h.n; j += LANES) store(row + j, load(row + j) * p.scale);
+    for (int j = p.N; j < h.n; j++) row[j] = -INFINITE;
+  }
+}
+
+// Scores [N] become weights before the division; returns their sum, and their maximum in *m. policy is 1 at the token itself.
+float weigh(const Params &p, const Head &h, float *scores, float *m) {
+  Vec top = splat(-INFINITE);
+  if (p.eps > 0) {
+    for (int j = 0; j < h.n; j += LANES) top = pick(load(scores + j) > top, load(scores + j), top);
+  } else {
+    for (int j = 0; j < h.n; j += LANES) {
+      const Vec s = pick(load(h.policy + j) > 0, load(scores + j), splat(-INFINITE));
+      store(scores + j, s);
+      top = pick(s > top, s, top);
+    }
+  }
+  *m = peak(top);
+  Vec total = {};
+  for (int j = 0; j < h.n; j += LANES) {
+    const Vec w = exponential(load(scores + j) - *m) * load(h.policy + j);
+    store(scores + j, w);
+    total += w;
+  }
+  return sum(total);
+}
+
+void forward(const Params &p, const Head &h, int b, int head) {
+  auto at = [&](const long long *s) { return b * s[0] + head * s[1]; };
+  const long long bhn = ((long long)b * p.H + head) * p.N;
+  for (int j = 0; j < h.n; j++) h.policy[j] = j < p.N ? p.policy[(long long)b * p.N + j] : 0;
+  get_rows(p, p.k, at(p.k_strides), p.k_strides, p.N, h.d, h.k);
+  get_rows(p, p.v, at(p.v_strides), p.v_strides, p.N, h.d, h.v);
+  if (p.eps == 0) clean(p, h.policy, h.d, h.k), clean(p, h.policy, h.d, h.v);
+  transpose(h.k, p.N, h.d, h.kt, h.n);
+  for (int d = 0; d < h.d; d++) h.sums[d] = 0;
+  if (p.eps > 0)
+    for (int j = 0; j < p.N; j++)
+      for (int d = 0; d < h.d; d++) h.sums[d] += p.eps / p.N * h.v[j * h.d + d];
+  for (int first = 0; first < p.N; first += ROWS) {
+    const int rows = p.N - first < ROWS ? p.N - first : ROWS;
+    get_rows(p, p.q, at(p.q_strides) + first * p.q_strides[2], p.q_strides, rows, h.d, h.q);
+    get_scores(p, h, first, rows, p.k, at(p.k_strides));
+    for (int i = 0; i < rows; i++) {
+      const float kept = h.policy[first + i];
+      h.policy[first + i] = 1;
+      p.z[bhn + first + i] = weigh(p, h, h.scores + i * h.n, p.m + bhn + first + i);
+      h.policy[first + i] = kept;
+    }
+    product(rows, h.d, p.N, h.scores, h.n, 1, h.v, h.d, h.acc, h.d, false);
+    for (int i = 0; i < rows; i++) {
+      const int token = first + i;
+      float *const row = h.acc + i * h.d;
+      for (int d = 0; d < h.d; d++) row[d] += h.sums[d];
+      if (p.eps == 0 && !(h.policy[token] > 0)) {  // its own value, as it is
+        get_rows(p, p.v, at(p.v_strides) + token * p.v_strides[2], p.v_strides, 1, h.d, h.q);
+        for (int d = 0; d < p.D; d++)
+          if (!finite(h.q[d])) row[d] += h.scores[i * h.n + token] * h.q[d];
+      }
+      put_row(p, row, 1 / (p.z[bhn + token] + p.eps), p.out, at(p.out_strides) + token * p.out_strides[2], p.out_strides[3]);
+    }
+  }
+}
+
+// A row of scores becomes the weights a, and da the gradient of the scores; h.dpolicy gathers. policy is 1 at the token itself.
+void differentiate(const Params &p, const Head &h, float *scores, float *da, float m, float z, float delta) {
+  const float inverse = 1 / (z + p.eps), floor = p.eps / p.N;
+  for (int j = 0; j < h.n; j += LANES) {
+    const Vec policy = load(h.policy + j);
+    Vec x = load(scores + j) - m;
+    if (p.eps == 0) x = pick(x > 80.0f, splat(80), x);  // a dropped key above every kept one: its policy's gradient stays finite
+    Vec e = exponential(x);
+    if (p.eps == 0) e = pick((policy > 0) | (e == e), e, splat(0));
+    const Vec w = e * policy, de = (load(da + j) - delta) * inverse;
+    store(scores + j, (w + floor) * inverse);
+    store(da + j, de * w);
+    store(h.dpolicy + j, load(h.dpolicy + j) + de * e);
+  }
+  for (int j = p.N; j < h.n; j++) scores[j] = 0;
+}
+
+void backward(const Params &p, const Head &h, int b, int head) {
+  auto at = [&](const long long *s) { return b * s[0] + head * s[1]; };
+  const long long bhn = ((long long)b * p.H + head) * p.N;
+  for (int j = 0; j < h.n; j++) h.policy[j] = j < p.N ? p.policy[(long long)b * p.N + j] : 0, h.dpolicy[j] = 0;
+  get_rows(p, p.k, at(p.k_strides), p.k_strides, p.N, h.d, h.k);
+  get_rows(p, p.v, at(p.v_strides), p.v_strides, p.N, h.d, h.v);
+  if (p.eps == 0) clean(p, h.policy, h.d, h.k), clean(p, h.policy, h.d, h.v);
+  transpose(h.k, p.N, h.d, h.kt, h.n);
+  transpose(h.v, p.N, h.d, h.vt, h.n);
+  for (int first = 0; first < p.N; first += ROWS) {
+    const int rows = p.N - first < ROWS ? p.N - first : ROWS;
+    get_rows(p, p.q, at(p.q_strides) + first * p.q_strides[2], p.q_strides, rows, h.d, h.q);
+    get_rows(p, p.dout, at(p.dout_strides) + first * p.dout_strides[2], p.dout_strides, rows, h.d, h.up);
+    get_scores(p, h, first, rows, p.k, at(p.k_strides));
+    product(rows, h.n, p.D, h.up, h.d, 1, h.vt, h.n, h.grad, h.n, false);
+    get_rows(p, p.out, at(p.out_strides) + first * p.out_strides[2], p.out_strides, rows, h.d, h.acc);
+    for (int i = 0; i < rows; i++) {
+      const int token = first + i;
+      const float delta = dot(h.up + i * h.d, h.acc + i * h.d, h.d);
+      const float kept = h.policy[token], gathered = h.dpolicy[token];
+      h.policy[token] = 1;
+      differentiate(p, h, h.scores + i * h.n, h.grad + i * h.n, p.m[bhn + token], p.z[bhn + token], delta);
+      h.policy[token] = kept, h.dpolicy[token] = gathered;  // a token counts itself whatever its policy
+    }
+    product(p.N, h.d, rows, h.scores, 1, h.n, h.up, h.d, h.dv, h.d, first > 0);
+    product(p.N, h.d, rows, h.grad, 1, h.n, h.q, h.d, h.dk, h.d, first > 0);
+    product(rows, h.d, p.N, h.grad, h.n, 1, h.k, h.d, h.acc, h.d, false);
+    for (int i = 0; i < rows; i++) put_row(p, h.acc + i * h.d, p.scale, p.dq, (bhn + first + i) * p.D, 1);
+  }
+  for (int i = 0; i < p.N; i++) {
+    put_row(p, h.dk + (long long)i * h.d, p.scale, p.dk, (bhn + i) * p.D, 1);
+    put_row(p, h.dv + (long long)i * h.d, 1, p.dv, (bhn + i) * p.D, 1);
+    p.dpolicy[bhn + i] = h.dpolicy[i];
+  }
+}
+
+}  // namespace
+
+long long policy_attention_scratch(const Params &p) {
+  return Head().place(p, nullptr);
+}
+
+void policy_attention(const Params &p, int threads, float *scratch) {
+  const long long size = policy_attention_scratch(p);
+#pragma omp parallel num_threads(threads)
+  {
+#ifdef _OPENMP
+    const int thread = omp_get_thread_num();
+#else
+    const int thread = 0;
+#endif
+    Head h;
+    h.place(p, scratch + thread * size);
+#pragma omp for schedule(static)
+    for (int i = 0; i < p.B * p.H; i++) (p.dout ? backward : forward)(p, h, i / p.H, i % p.H);
+  }
+}
+
+}  // namespace WIDTH_NAMESPACE
