@@ -209,16 +209,17 @@ def query_gradient_kernel(
 
 
 def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
-    """Tiles and warps of the forward pass, and of both kernels of the backward pass."""
-    wide = shape["D"] > 64
-    if arch < 80 or (dtype == torch.float32 and wide):  # what spills nowhere
-        queries, keys, warps, backward = 16, 16, 8, (16, 16, 8)
+    """Tiles and warps of the forward pass, and of both kernels of the backward pass, loads in flight of the forward pass:
+    what spills nowhere."""
+    wide, narrow = shape["D"] > 64, shape["D"] <= 32
+    if arch < 80 or (dtype == torch.float32 and wide):
+        forward = backward = 16, 16, 8
     elif dtype == torch.float32:
-        queries, keys, warps, backward = 32, 32, 8, (32, 32, 8)
+        forward = backward = (32, 16, 4) if narrow else (32, 32, 8)
     else:
-        queries, keys, warps, backward = 64, 32, 8 if wide else 4, (32, 32 if wide else 64, 4)
-    return {"queries": queries, "keys": keys, "num_warps": warps,
-            **dict(zip(("backward_queries", "backward_keys", "backward_warps"), backward))}
+        forward, backward = (64, 32, 8 if wide or narrow else 4), (32, 32 if wide or narrow else 64, 4)
+    names = ("queries", "keys", "num_warps", "backward_queries", "backward_keys", "backward_warps", "num_stages")
+    return dict(zip(names, (*forward, *backward, 1 if dtype == torch.float32 and wide else 3)))
 
 
 def candidates(dtype: torch.dtype, arch: int, **shape: int) -> list[dict]:
@@ -258,7 +259,7 @@ def launch(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: f
         forward_kernel[(B * H * triton.cdiv(N, config["queries"]),)](
             q, k, v, policy, out, m, z, N, H, scale, eps, *q.stride(), *k.stride(), *v.stride(), *policy.stride(),
             D=D, WIDTH=triton.next_power_of_2(D), EPS=eps > 0, QUERIES=config["queries"], KEYS=config["keys"],
-            num_warps=config["num_warps"])
+            num_warps=config["num_warps"], num_stages=config["num_stages"])
     return out.transpose(1, 2), m, z
 
 
@@ -269,7 +270,8 @@ def launch_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tenso
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     delta, dpolicy = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
     config = config or _config(q)
-    width, rows, queries, keys = triton.next_power_of_2(D), 64, config["backward_queries"], config["backward_keys"]
+    width, queries, keys = triton.next_power_of_2(D), config["backward_queries"], config["backward_keys"]
+    rows = 4096 // max(width, 64)
     sizes = {"D": D, "WIDTH": width, "EPS": eps > 0, "QUERIES": queries, "KEYS": keys, "num_warps": config["backward_warps"]}
     inputs = (q, k, v, policy, dout, m, z, delta)
     strides = (*q.stride(), *k.stride(), *v.stride(), *policy.stride(), *dout.stride())
