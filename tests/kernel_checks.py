@@ -22,7 +22,7 @@ SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448
 
 
 def kernels(*names: str, **cpu) -> list:
-    """Parameters (backend, device): those backends on every device that can run them here, and those of the CPU by name, each with a mark."""
+    """Parameters (backend, device): those backends on every device that runs them here, and the CPU's own, each with its mark."""
     return [pytest.param(name, *device.values, marks=device.marks) for name in names for device in DEVICES] + \
         [pytest.param(name, "cpu", marks=mark) for name, mark in cpu.items()]
 

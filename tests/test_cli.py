@@ -5,9 +5,11 @@ import sys
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 import vitprune
 from vitprune.cli import COMMANDS, main
+from vitprune.run import RunConfig
 
 SMALL = ["test_vit", "--at", "2", "3", "4", "--tokens", "0.7", "--score", "cls_attention"]
 
@@ -99,6 +101,15 @@ def test_user_errors(capsys, argv, message):
     assert err.startswith("vitprune: error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_counts_and_ratios_of_a_run(tmp_path):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig)
+    for text, keep in (("[3,2,1]", (3, 2, 1)), ("[0.7,0.5,0.25]", (0.7, 0.5, 0.25)), ("0.7", 0.7)):
+        options = parser.parse_args(["--model", "test_vit", "--output", "o", f"--tokens.keep={text}"])
+        got = parser.instantiate(options).tokens.keep
+        assert repr(got) == repr(keep)  # 3, not 3.0
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from vitprune import BlockPruning, TokenPruning, prune
+from vitprune.data import DataConfig, create_loaders
 from vitprune.digits import TensorLoader
 from vitprune.evaluate import evaluate
 from vitprune.resume import Checkpoints
@@ -72,3 +74,43 @@ def test_several_processes_equal_one(tmp_path, size):
     names = [sorted(p.name for p in (tmp_path / f"checkpoints-{n}").iterdir()) for n in (1, size)]
     assert names[0] == names[1]
     assert Checkpoints(tmp_path / f"checkpoints-{size}").found()[0].name == "step-00000050"
+
+
+def read(rank, size, folder):
+    """Two epochs over damaged pictures; write which this process knows of, and the error."""
+    if size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
+    data = DataConfig(f"{folder}/tree", image_size=8, workers=0, max_corrupt=0.2)
+    training, _, _ = create_loaders(data, 6, rank=rank, world_size=size)
+    found = []
+    for limit in (0.2, 0.15):
+        training.max_corrupt = limit
+        training.corrupt.clear()
+        try:
+            found.append(len(list(training)) and sorted(training.corrupt))
+        except ValueError as error:
+            found.append(str(error))
+    with open(f"{folder}/{size}-{rank}.json", "w") as file:
+        json.dump(found, file)
+    if size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.filterwarnings("ignore:data. ")
+def test_unreadable_pictures_are_counted_over_all_processes(tmp_path, size):
+    for split in ("train", "val"):
+        for i in range(36):
+            path = tmp_path / "tree" / split / str(i % 3) / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9), (7 * i, 0, 0)).save(path)
+            if i % 6 == 0:
+                path.write_bytes(b"")
+    if size == 1:
+        read(0, 1, str(tmp_path))
+    else:
+        mp.spawn(read, (size, str(tmp_path)), nprocs=size)
+    for rank in range(size):
+        known, error = json.loads((tmp_path / f"{size}-{rank}.json").read_text())
+        assert known == sorted(f"0/{i}.png" for i in range(0, 36, 6))
+        assert "at most a share of 0.15 (max_corrupt) of the 36 pictures may be unreadable, got 6" in error

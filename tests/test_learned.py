@@ -257,6 +257,8 @@ def test_what_cannot_be_is_refused(tmp_path):
         vitprune.save(learner(), tmp_path)
     with pytest.raises(ValueError, match="head_dim must be 1 where queries and keys are normalised"):
         vitprune.prune(small(qk_norm=True), blocks=BlockPruning(head_dim=0.5, granularity=16))
+    with pytest.raises(ValueError, match="budget must be reachable"):  # before the first step, not when the schedule gets there
+        vitprune.prune(small(), blocks=BlockPruning(method="movement", budget=0.01, granularity=16))
 
 
 def test_with_tokens_in_training_and_evaluation():

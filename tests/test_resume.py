@@ -265,11 +265,13 @@ def test_a_malicious_pickle_executes_nothing(two, tmp_path, call, protocol):
     assert not marker.exists() and not marker.is_symlink()
 
 
-def test_the_last_and_the_best_are_kept(tmp_path):
-    run = Run(student(), CONFIG, 5, None)
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_the_last_and_the_best_are_kept(tmp_path, ema):
+    """The best is the best of what will be saved: the moving average where there is one."""
+    run = Run(student(), replace(CONFIG, ema=ema), 5, None)
     checkpoints = Checkpoints(tmp_path, keep=2)
     for epoch, top1 in enumerate((50.0, 80.0, 60.0, 70.0)):
-        run.history.append({"epoch": epoch, "top1": top1})
+        run.history.append({"epoch": epoch, "top1": top1} if ema is None else {"epoch": epoch, "top1": 99.0 - top1, "ema_top1": top1})
         checkpoints.save(run, 5 * (epoch + 1))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best-00000010", "step-00000015", "step-00000020"]
 

@@ -1,4 +1,8 @@
 """`vitprune train` from start to saved model: every order of tokens and blocks, from every kind of start."""
+import json
+from dataclasses import replace
+
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -6,6 +10,7 @@ from PIL import Image
 import vitprune
 from vitprune import BlockPruning, TokenPruning
 from vitprune.data import DataConfig
+from vitprune.evaluate import evaluate_source
 from vitprune.measure import count
 from vitprune.run import RunConfig, build, main
 from vitprune.train import TrainConfig
@@ -74,3 +79,31 @@ def test_a_part_of_a_folder(tmp_path):
     assert len(chosen) == 12 and [sum(i // 8 == c for i in chosen) for c in range(3)] == [4, 4, 4]
     saved = vitprune.load(tmp_path / "out" / "model")
     assert saved.num_classes == 3 and saved.pretrained_cfg["input_size"] == (3, 16, 16)
+
+
+def test_a_teacher_does_not_learn_with_its_student(tmp_path):
+    assert main(config(tmp_path / "a")) == 0
+    again = config(tmp_path / "b", model=str(tmp_path / "a" / "model"), model_args={}, teacher="start")
+    model, teacher = build(again, 10)
+    assert not set(model.parameters()) & set(teacher.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), teacher.state_dict().values()))
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(tmp_path):
+    assert main(config(tmp_path)) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match="must hold no checkpoints"):
+        main(config(tmp_path, resume="never", train=replace(TRAIN, lr=0.5)))
+    with pytest.raises(ValueError, match="train.lr must be 0.001"):
+        main(config(tmp_path, train=replace(TRAIN, lr=0.5)))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_moving_average_is_what_is_saved(tmp_path, capsys):
+    assert main(config(tmp_path, train=replace(TRAIN, epochs=2, ema=0.5))) == 0
+    assert "(the moving average)" in capsys.readouterr().out
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["lr"] < 1e-3 and evaluate_source(vitprune.load(tmp_path / "model"), "digits")["top1"] == last["ema_top1"]
+    wrong = timm.create_model("vit_tiny_patch16_224", num_classes=10)
+    with pytest.raises(ValueError, match="pictures of 8 x 8, it takes 224 x 224"):
+        evaluate_source(wrong, "digits")

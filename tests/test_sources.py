@@ -2,6 +2,8 @@
 import io
 import json
 import os
+import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +185,46 @@ def test_damaged_pictures(tmp_path, kind):
     with pytest.warns(UserWarning, match="unreadable"):
         left = collect(create_eval_loader(DataConfig(str(tmp_path), **SMALL, skip_corrupt=True), 4))
     assert sum(len(labels) for _, labels in left) == 15
+
+
+def test_damaged_exif_data_cost_no_picture():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x011A] = 6, "camera", 72.0  # turned, by whom, at which resolution
+    good = encoded(picture(1), "JPEG", exif=exif)
+    assert decode(good).size == (24, 30)
+    start = good.index(b"Exif")
+    for at in range(start, start + len(exif.tobytes())):
+        for value in (0, 1, 7, 255):
+            assert decode(good[:at] + bytes([value]) + good[at + 1:]).size in ((24, 30), (30, 24))
+
+
+def test_held_out_pictures_that_are_trained_on_are_pointed_out(tmp_path, forms):
+    folder(tmp_path / "flat", ["0", "1"])
+    alone = ("parquet:" + str(tmp_path / "train-0.parquet"), str(tmp_path / "flat"))
+    for source in alone:
+        with pytest.warns(UserWarning, match="held-out pictures are those that are trained on"):
+            create_loaders(DataConfig(source, **SMALL), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for source in forms:
+            create_loaders(DataConfig(source, **SMALL), 2)
+
+
+def test_val_and_validation_stand_for_each_other(tmp_path, forms):
+    for split, name in (("train", "train"), ("val", "validation")):
+        (tmp_path / "hub" / "data").mkdir(parents=True, exist_ok=True)
+        shutil.copy(tmp_path / f"{split}-0.parquet", tmp_path / "hub" / "data" / f"{name}-00000-of-00001.parquet")
+    (tmp_path / "tree" / "val").rename(tmp_path / "tree" / "validation")
+    (tmp_path / "val-0.parquet").rename(tmp_path / "validation-0.parquet")
+    first = next(iter(create_eval_loader(DataConfig(forms[0], **SMALL), 5)))
+    (tmp_path / "tree" / "validation").rename(tmp_path / "tree" / "val")
+    shutil.move(tmp_path / "validation-0.parquet", tmp_path / "val-0.parquet")
+    for source in (forms[0], forms[1], f"hf:{tmp_path / 'hub'}", f"stream:{tmp_path / 'hub'}"):
+        for split in ("val", "validation"):
+            length = {"length": 36} if source.startswith("stream") else {}
+            data = DataConfig(source, **SMALL, eval_split=split)
+            got = next(iter(create_eval_loader(data, 5, source=open_source(source, split, **length))))
+            assert all(torch.equal(a, b) for a, b in zip(first, got)), (source, split)
 
 
 def test_one_percent_of_eight_kinds_is_counted_and_more_is_refused(tmp_path):

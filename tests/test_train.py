@@ -9,8 +9,8 @@ from torch import nn
 from vitprune import BlockPruning, Cubic, TokenPruning, prune
 from vitprune.digits import TensorLoader
 from vitprune.evaluate import evaluate, teach
-from vitprune.step import NonFiniteLoss, parameter_groups, soft_target
-from vitprune.train import TrainConfig, train
+from vitprune.step import NonFiniteLoss, Run, parameter_groups, soft_target
+from vitprune.train import SCHEDS, TrainConfig, train
 
 CONFIG = TrainConfig(epochs=2, batch_size=16, warmup_epochs=0, backbone_lr_scale=1.0, backbone_frozen_epochs=0,
                      train_embeddings=True)
@@ -174,7 +174,19 @@ def test_evaluate_counts_by_hand():
 
 
 @pytest.mark.parametrize("field, value", [("epochs", 0), ("lr", 0.0), ("warmup_epochs", 31), ("smoothing", 1.0),
-                                          ("clip_grad", 0.0), ("backbone_lr_scale", -1.0)])
+                                          ("clip_grad", 0.0), ("backbone_lr_scale", -1.0), ("sched", "plateau"), ("sched", "none")])
 def test_config_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"TrainConfig: {field} must be .*, got {value}"):
         TrainConfig(**{field: value})
+
+
+@pytest.mark.parametrize("sched", SCHEDS)
+def test_every_schedule_trains(sched):
+    assert all(0 < record["lr"] <= CONFIG.lr for record in train(pruned(), loaders(), replace(CONFIG, sched=sched)))
+
+
+def test_processes_with_an_odd_share_cannot_mix(monkeypatch):
+    monkeypatch.setattr("vitprune.step.world", lambda: (0, 2))
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda module: module)
+    with pytest.raises(ValueError, match="batch_size must give each of the 2 processes an even share for mixup and cutmix, got 6"):
+        Run(pruned(), replace(CONFIG, batch_size=6, mixup=0.8), 5)

@@ -113,6 +113,7 @@ class BlockPruning:
                      f"1 where queries and keys are normalised, as in block {i}", self.head_dim)
         if self.learned:
             learned.begin(model, self)
+            self.choose(model, 1.0)  # what cannot be reached is refused now, not when the schedule gets there
             return
         for block, (heads, hidden, dims) in zip(model.blocks, self.choose(model, 1.0)):
             block.attn.set_live(heads)

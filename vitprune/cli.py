@@ -1,15 +1,21 @@
 """The command line: `vitprune train | demo | prune | eval | flops | bench | table1 | export | doctor | tune`."""
 import json
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from inspect import getdoc
 from pathlib import Path
 from typing import get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, RuntimeError,
                ImportError, ArgumentError)
+
+
+class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Docstrings keep their lines."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> tuple[str, Namespace]:
-    parser = ArgumentParser(prog="vitprune", description="Pruned vision transformers.", exit_on_error=False)
+    parser = ArgumentParser(prog="vitprune", description="Pruned vision transformers.", exit_on_error=False, formatter_class=_Help)
     commands = parser.add_subcommands(required=True, dest="command")
     asked = next((a for a in argv if not a.startswith("-")), None)
     for name, (summary, add, _) in COMMANDS.items():
@@ -284,8 +290,16 @@ def _export(options: Namespace) -> None:
 
 
 def _add_train(parser: ArgumentParser) -> None:
+    from .blocks import BlockPruning
+    from .data import DataConfig
+    from .learned import Cubic
     from .run import RunConfig
+    from .tokens import TokenPruning
+    from .train import TrainConfig
 
+    groups = {"": RunConfig, "data": DataConfig, "train": TrainConfig, "tokens": TokenPruning, "blocks": BlockPruning,
+              "blocks.schedule": Cubic}
+    parser.epilog = "\n\n".join(f"--{name}.*: {getdoc(cls)}" if name else getdoc(cls) for name, cls in groups.items())
     parser.add_argument("--config", action="config", help="YAML file, or the name of a recipe that comes with the package")
     parser.add_class_arguments(RunConfig)
 

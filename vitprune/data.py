@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .digits import load_digits
+from .evaluate import world
 from .sources import TABLES, UNREADABLE, Source, Stream, decode, open_source
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -26,7 +28,7 @@ class DataConfig:
 
     source: "digits" (embedded), an image folder (of splits, or of classes), "parquet:FILE_OR_FOLDER", "hf:NAME[@CONFIG]",
         "stream:NAME[@CONFIG]" or "stream:parquet:FILE_OR_FOLDER"; eval_source: of the held-out pictures, by default the same.
-    train_split, eval_split: names of the splits ("val" and "validation" stand for each other in a folder).
+    train_split, eval_split: names of the splits ("val" and "validation" stand for each other).
     image_size, resize: evaluation resizes the shorter side to `resize` (by default image_size / 0.875) and crops the centre.
     scale, ratio, hflip, color_jitter, auto_augment, reprob, interpolation: timm's training transform; scale None: the
         evaluation's transform, as in block pruning's reference.
@@ -79,8 +81,6 @@ class DataConfig:
         """The source of one split."""
         source = self.source if training or self.eval_source is None else self.eval_source
         split = self.train_split if training else self.eval_split
-        if not training and split in ("val", "validation"):
-            split = next((s for s in (split, "val", "validation") if (Path(source) / s).is_dir()), split)
         return open_source(source, split, class_map=self.class_map, length=self.length if training else None,
                            image=self.image_key, label=self.label_key)
 
@@ -211,13 +211,21 @@ class Loader:
             if bad and not self.corrupt.issuperset(bad):
                 self.corrupt.update(bad)
                 warnings.warn(f"data: {len(self.corrupt)} unreadable pictures so far, {bad[0]} among them", stacklevel=2)
-                if self.pictures.training and len(self.corrupt) > self.max_corrupt * len(self.pictures.ids):
-                    raise ValueError(f"data: at most a share of {self.max_corrupt} (max_corrupt) of the {len(self.pictures.ids)} pictures "
-                                     f"may be unreadable, got {len(self.corrupt)}: {', '.join(sorted(self.corrupt)[:5])}, ...")
+                self._check()
             if len(images):
                 yield images, labels
             elif self.pictures.training:
                 raise ValueError(f"data: a batch must hold a picture that can be read, got none: {', '.join(bad[:5])}")
+        if self.pictures.training and world()[1] > 1:  # each process has met some of them
+            met: list = [None] * world()[1]
+            dist.all_gather_object(met, sorted(self.corrupt))
+            self.corrupt.update(*met)
+            self._check()
+
+    def _check(self) -> None:
+        if self.pictures.training and len(self.corrupt) > self.max_corrupt * len(self.pictures.ids):
+            raise ValueError(f"data: at most a share of {self.max_corrupt} (max_corrupt) of the {len(self.pictures.ids)} pictures "
+                             f"may be unreadable, got {len(self.corrupt)}: {', '.join(sorted(self.corrupt)[:5])}, ...")
 
 
 def create_loaders(data: DataConfig, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1):
@@ -232,6 +240,9 @@ def create_loaders(data: DataConfig, batch_size: int, seed: int = 0, *, rank: in
     if source.names is not None and held.names is not None and list(source.names) != list(held.names):
         raise ValueError(f"data: training and held-out pictures must have the same classes, got {list(source.names)[:5]} and "
                          f"{list(held.names)[:5]}")
+    if source.place == held.place:
+        warnings.warn(f"data: the held-out pictures are those that are trained on: {data.source} has no splits; eval_source names others",
+                      stacklevel=2)
     subset = None if data.subset is None else read_subset(data.subset, len(source))
     where = {"rank": rank, "world_size": world_size}
     training = Pictures(source, data.transform(True), batch_size, training=True, seed=seed, window=data.window, subset=subset, **where)

@@ -111,6 +111,9 @@ def evaluate_source(model: nn.Module, source: str, device: torch.device | str = 
     from .digits import load_digits
 
     if source == "digits":
+        size = getattr(model.patch_embed, "img_size", None)
+        if size not in (None, (8, 8)):
+            raise ValueError(f"evaluate: model must take the digits' pictures of 8 x 8, it takes {size[0]} x {size[1]}")
         return evaluate(model.to(device), load_digits()[1])
     data = preprocessing(model, source, resize, **options)
     pictures = data.open(False)

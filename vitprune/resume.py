@@ -16,7 +16,8 @@ WEIGHTS, EMA, STATE = "weights.safetensors", "ema.safetensors", "state.pt"
 
 
 class Checkpoints:
-    """The checkpoints of one run in `folder`: `step-N` (the last `keep`) and `best-N` (the highest top-1).
+    """The checkpoints of one run in `folder`: `step-N` (the last `keep`) and `best-N` (the highest
+    top-1, of the moving average where there is one).
 
     A checkpoint is written to a hidden folder, brought to the disk, and renamed: under its name it is whole or not there.
     In a distributed run process 0 writes and all read.
@@ -35,14 +36,19 @@ class Checkpoints:
         """The checkpoints of that kind, the newest first."""
         return sorted(self.folder.glob(f"{kind}-*"), reverse=True)
 
+    def check(self) -> None:
+        """Raises FileExistsError with resume="never" where there are checkpoints."""
+        found = self.found()
+        if found and self.mode == "never":
+            raise FileExistsError(f"train: {self.folder} must hold no checkpoints (resume is 'never'), it has {found[0].name}")
+
     def resume(self, run) -> int:
         """Load the newest checkpoint that can be read into a `train.Run`; the number of steps done, 0 without one.
 
         Raises FileExistsError with resume="never" where there is one, RuntimeError where there are some and none can be read.
         """
+        self.check()
         found = self.found()
-        if found and self.mode == "never":
-            raise FileExistsError(f"train: {self.folder} must hold no checkpoints (resume is 'never'), it has {found[0].name}")
         for path in found:
             try:
                 weights, state = load_file(path / WEIGHTS), torch.load(path / STATE, map_location="cpu", weights_only=True)
@@ -68,8 +74,9 @@ class Checkpoints:
             self._write("step", run, done)
             for path in self.found()[self.keep:]:
                 self._delete(path)
-            scores = [record["top1"] for record in run.history if "top1" in record]
-            whole = done == len(run.history) * run.steps and "top1" in (run.history or [{}])[-1]
+            top1 = "top1" if run.ema is None else "ema_top1"
+            scores = [record[top1] for record in run.history if top1 in record]
+            whole = done == len(run.history) * run.steps and top1 in (run.history or [{}])[-1]
             if whole and scores[-1] >= max(scores):
                 self._write("best", run, done)
                 for path in self.found("best")[1:]:

@@ -1,6 +1,7 @@
 """A training run: one configuration, from YAML and the command line, and all that it names."""
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -72,6 +73,7 @@ class RunConfig:
                 ("teacher", self.teacher != "start" or started, "None or another model where the start has random weights"),
                 ("teacher_checkpoint", self.teacher_checkpoint is None or self.teacher not in (None, "start"),
                  "None without a teacher's name"),
+                ("take", self.take == "first" or self.fraction is not None, "'first' where fraction is None"),
                 ("data.subset", self.data.subset is None or self.fraction is None, "None where fraction is given"),
                 ("train.ramp_tokens", not self.train.ramp_tokens or self.tokens is not None, "off where no tokens are pruned"),
                 ("save_every", self.save_every is None or self.save_every >= 1, "None or >= 1")):
@@ -115,6 +117,8 @@ def build(config: RunConfig, classes: int) -> tuple[nn.Module, nn.Module | None]
             model = prune(model, tokens=config.tokens)
         if config.blocks is not None:
             model = prune(model, blocks=config.blocks)
+        if dense is model:  # a saved model that is trained on as it is: its teacher must not learn with it
+            dense = copy.deepcopy(dense)
         if not isinstance(model, PrunedViT) and not hasattr(model, "keep_counts"):
             model = prune(model, blocks=BlockPruning(granularity=1))  # nothing leaves: the dense model, in a form that can be saved
     if config.data.source != "digits":
@@ -193,6 +197,7 @@ def _join(device: str | None) -> torch.device:
 def _run(config: RunConfig, device: torch.device) -> int:
     output, (rank, size) = Path(config.output), world()
     checkpoints = Checkpoints(output / "checkpoints", config.keep_last, config.resume, config.save_every)
+    checkpoints.check()
     if rank == 0:
         _settle_config(config, output, continues=bool(checkpoints.found()))
     data = config.data if config.fraction is None else replace(config.data, subset=_subset(config, output, rank))
@@ -212,7 +217,8 @@ def _run(config: RunConfig, device: torch.device) -> int:
             raise RuntimeError(str(error)) from error  # one line for the user, as of any other error
     if rank == 0:
         folders.save(compact(model), output / "model")
-        print(f"{output / 'model'}: {show(history[-1], config.train.epochs)}")
+        saved = "" if config.train.ema is None else " (the moving average)"
+        print(f"{output / 'model'}{saved}: {show(history[-1], config.train.epochs)}")
     return 0
 
 
@@ -220,7 +226,7 @@ def _settle_config(config: RunConfig, output: Path, continues: bool) -> None:
     """Write config.yaml; where a run goes on, refuse another configuration than the one it began with."""
     output.mkdir(parents=True, exist_ok=True)
     path, values = output / "config.yaml", json.loads(json.dumps(asdict(config)))
-    if continues and path.is_file() and config.resume == "auto":
+    if continues and path.is_file():
         before, now = _flat(yaml.safe_load(path.read_text())), _flat(values)
         for name in sorted(before.keys() | now.keys()):
             if name not in _FREE and before.get(name) != now.get(name):

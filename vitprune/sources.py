@@ -1,6 +1,7 @@
 """Where pictures come from: an image folder, parquet files, a Hugging Face dataset, or a stream of one; one meaning of labels."""
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -15,6 +16,7 @@ from timm.data import ImageNetInfo
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", ".tiff")
 TABLES = ("parquet", "hf", "stream")  # kinds of sources that have columns
 SPLITS = ("train", "val", "validation", "test")
+SYNONYMS = {"val": ("val", "validation"), "validation": ("validation", "val")}
 UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError, EOFError, KeyError, TypeError)
 
 
@@ -22,8 +24,9 @@ class Source:
     """Pictures in a fixed order. `records(ids)` yields (bytes, label, name) for ascending ids; `len` is their number.
 
     names: class names in the order of the labels where the source knows them. random: whether ids may come in any order
-    without reading what lies between.
+    without reading what lies between. place: what was opened, equal for the same pictures.
     """
+    place: object = None
     names: Sequence[str] | None = None
     random = True
 
@@ -53,7 +56,7 @@ class Folder(Source):
                              if path.suffix.lower() in EXTENSIONS and path.is_file()), key=lambda item: (item[1], item[0].split("/", 1)[1]))
         if not self.files:
             raise ValueError(f"data: source must hold pictures ({', '.join(EXTENSIONS)}), found none in {root}")
-        self.root = root
+        self.root, self.place = root, root.resolve()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -160,7 +163,7 @@ def open_source(source: str, split: str, *, class_map: str | None = None, length
     files = parquet_files(rest, split) if kind == "parquet" else None
     try:
         if files is None:
-            rows = datasets.load_dataset(name, config or None, split=split, streaming=streaming)
+            rows, split = _load(name, config or None, split, streaming)
         else:
             rows = datasets.load_dataset("parquet", data_files={split: files}, split=split, streaming=streaming)
             if streaming and length is None:
@@ -169,13 +172,28 @@ def open_source(source: str, split: str, *, class_map: str | None = None, length
     except Exception as error:  # the network, the hub, a damaged file, an unknown split: the library raises many types
         raise ValueError(f"data: {source!r} must be a dataset with a split {split!r} that can be read, got {type(error).__name__}: "
                          f"{error}") from error
-    return Stream(rows, rest, length, names, image, label) if streaming else Rows(rows, rest, names, image, label)
+    opened = Stream(rows, rest, length, names, image, label) if streaming else Rows(rows, rest, names, image, label)
+    opened.place = files or (rest, split)
+    return opened
+
+
+def _load(name: str, config: str | None, split: str, streaming: bool):
+    """(the dataset, the name of the split that it has)"""
+    import datasets
+    refused = None
+    for other in SYNONYMS.get(split, (split,)):
+        try:
+            return datasets.load_dataset(name, config, split=other, streaming=streaming), other
+        except ValueError as error:  # a split that is not there, among others
+            refused = refused or error
+    raise refused
 
 
 def _split_folder(folder: Path, split: str) -> Path:
     """The folder of the split, or the folder itself where it holds classes and no splits."""
-    if (folder / split).is_dir():
-        return folder / split
+    for name in SYNONYMS.get(split, (split,)):
+        if (folder / name).is_dir():
+            return folder / name
     splits = [s for s in SPLITS if (folder / s).is_dir() and any(p.is_dir() for p in (folder / s).iterdir())]
     if splits:
         raise FileNotFoundError(f"data: source must hold the split {split!r}, got {str(folder)!r} with {', '.join(splits)}")
@@ -185,8 +203,9 @@ def _split_folder(folder: Path, split: str) -> Path:
 def parquet_files(path: str, split: str) -> list[str]:
     """The parquet files of a split: the file itself, or those in a folder whose name begins with the split's."""
     place = Path(path)
-    found = [place] if place.is_file() else sorted(
-        f for f in place.rglob("*.parquet") if f.name.startswith(split) or f.parent.name == split)
+    found = [place] if place.is_file() else []
+    for name in SYNONYMS.get(split, (split,)):
+        found = found or sorted(f for f in place.rglob("*.parquet") if f.name.startswith(name) or f.parent.name == name)
     if not found:
         others = ", ".join(sorted(f.name for f in place.rglob("*.parquet"))[:5])
         raise FileNotFoundError(f"data: source must be a parquet file or a folder with files {split}*.parquet, got {path!r}"
@@ -290,7 +309,8 @@ def decode(data: bytes) -> Image.Image:
         warnings.simplefilter("ignore")
         picture = Image.open(io.BytesIO(data))
         picture.load()
-        picture = ImageOps.exif_transpose(picture)
+        with contextlib.suppress(Exception):  # damaged EXIF data say nothing of the pixels, and raise what they like
+            picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("I;16", "I;16B", "I;16L", "I"):
             wide = torch.tensor(list(picture.getdata()), dtype=torch.float32)
             picture = Image.frombytes("L", picture.size, bytes((wide / 257).clamp(0, 255).round().to(torch.uint8).tolist()))

@@ -76,14 +76,18 @@ class Run:
             self.student = nn.parallel.DistributedDataParallel(self.student)
         self.mixup = None
         if config.mixup or config.cutmix:
+            if config.batch_size // world()[1] % 2:
+                raise ValueError(f"train: batch_size must give each of the {world()[1]} processes an even share for mixup and cutmix, "
+                                 f"got {config.batch_size}")
             self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.num_classes)
         self.totals: dict[str, Tensor] = {}   # sums over the steps of this epoch
         self.history: list[dict] = []         # a record an epoch
+        self.corrupt: set[str] = set()        # pictures that could not be read; the loader's own where it counts them
 
     def state_dict(self) -> dict:
         """What a resumed run needs beside the weights."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "totals": self.totals,
-                "history": self.history}
+                "history": self.history, "corrupt": sorted(self.corrupt)}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken."""
@@ -91,6 +95,7 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.totals = {name: total.to(self.device) for name, total in state["totals"].items()}
         self.history = list(state["history"])
+        self.corrupt.update(state["corrupt"])
 
     def step(self, step: int, images: Tensor, labels: Tensor) -> Tensor:
         """One update, the `step`th of the run, and its loss; its randomness is a function of the seed and of `step`."""
@@ -159,8 +164,10 @@ class Run:
                 dist.all_reduce(value, op=dist.ReduceOp.AVG if self.device.type == "cuda" else dist.ReduceOp.SUM)
                 if self.device.type != "cuda":
                     value /= world()[1]
-        record = {"epoch": epoch, "step": (epoch + 1) * self.steps, "lr": max(g["lr"] for g in self.optimizer.param_groups),
-                  **{name: value.item() for name, value in means.items()}}
+        lr = next((g["lr"] / g["lr_scale"] for g in self.optimizer.param_groups if g["lr_scale"]), 0.0)  # what config.lr has become
+        record = {"epoch": epoch, "step": (epoch + 1) * self.steps, "lr": lr, **{name: value.item() for name, value in means.items()}}
+        if self.corrupt:
+            record["unreadable"] = len(self.corrupt)
         last = epoch == self.config.epochs - 1
         if last:
             learned.advance(self.model, 1.0)

@@ -28,7 +28,7 @@ class TokenPruning:
 
     Raises ValueError for values that no model could serve.
     """
-    keep: float | Sequence[float | int]
+    keep: float | Sequence[int | float]
     at: tuple[int, ...] = (3, 6, 9)
     schedule: str = "geometric"
     score: str = "predictor"

@@ -15,6 +15,7 @@ from .evaluate import world
 from .step import Run, in_any_process
 
 AMP = ("auto", "off", "bfloat16", "float16")
+SCHEDS = ("cosine", "tanh", "step", "multistep", "poly")
 
 
 class Stopped(RuntimeError):
@@ -30,14 +31,16 @@ class TrainConfig:
     """DynamicViT's recipe by default: AdamW, linear warm-up, cosine decay.
 
     epochs, warmup_epochs, backbone_frozen_epochs: in epochs; lr, min_lr: of the predictors. batch_size: over all processes.
-    opt, sched: timm's names. backbone_lr_scale: learning rate of the backbone relative to `lr`; it is 0 in the first
-        `backbone_frozen_epochs`. score_lr: of learned block scores, which follow the same schedule without weight decay;
-        where they start from the sensitivity, whose mean is 1, about 0.3 / (steps while blocks leave) did best.
+    opt, sched: timm's names, of schedules those that need no measurement. backbone_lr_scale: learning rate of the backbone
+        relative to `lr`; it is 0 in the first `backbone_frozen_epochs`. score_lr: of learned block scores, which follow the
+        same schedule without weight decay; where they start from the sensitivity, whose mean is 1, about
+        0.3 / (steps while blocks leave) did best.
     train_embeddings: whether class token and position embedding are trained (official: not).
     clip_grad: largest norm of the gradients of what is being trained; None: no clipping.
     ratio_weight, distill_weight, token_weight: see DynamicViTLoss; the last two count only with a teacher.
     ramp_tokens: the keep ratios move from 1 to their targets along the schedule of the blocks (tandem).
-    mixup, cutmix: alphas of timm's Mixup, 0: off. ema: decay of a moving average of the weights, evaluated beside them.
+    mixup, cutmix: alphas of timm's Mixup, 0: off. ema: decay of a moving average of the weights, evaluated beside them;
+        with one, the average is what is saved as the model, and chooses the best checkpoint.
     amp: "auto" (on a GPU bfloat16 where the hardware has it, else float16 with scaled gradients; off on a CPU) or a dtype.
     eval_every: epochs between evaluations; the last one always ends with one.
 
@@ -71,7 +74,8 @@ class TrainConfig:
     def __post_init__(self):
         for name, ok, expected in (
                 ("epochs", self.epochs >= 1, ">= 1"), ("batch_size", self.batch_size >= 1, ">= 1"),
-                ("lr", self.lr > 0, "> 0"), ("min_lr", 0 <= self.min_lr <= self.lr, "in [0, lr]"),
+                ("sched", self.sched in SCHEDS, f"one of {SCHEDS}"), ("lr", self.lr > 0, "> 0"),
+                ("min_lr", 0 <= self.min_lr <= self.lr, "in [0, lr]"),
                 ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"in 0..epochs ({self.epochs})"),
                 ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "> 0 or None"),
                 ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"), ("amp", self.amp in AMP, f"one of {AMP}"),
@@ -114,6 +118,7 @@ def train(model: nn.Module, loaders: tuple, config: TrainConfig, teacher: nn.Mod
         teacher.eval()
     with torch.random.fork_rng(), _numpy_state(), _signals(checkpoints is not None) as asked:
         run = Run(model, config, steps, teacher)
+        run.corrupt = getattr(training, "corrupt", run.corrupt)
         done = 0 if checkpoints is None else checkpoints.resume(run)
 
         def stop_if_asked(save: bool = True) -> None:

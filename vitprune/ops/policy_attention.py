@@ -179,5 +179,5 @@ define(OP + "_backward", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor pol
        macs=lambda dout, q, *_: 5 * q[0] * q[1] * q[2] ** 2 * q[3])
 gradient(OP, _gradient, _setup)
 # Nothing has been measured on a GPU yet: PyTorch's own calls come first there.
-serve(OP, Backend("cpp", native.policy_attention_cpp, refuses=native.refuses_policy_attention), Backend("reference", reference, composite=True),
-      Backend("triton", _triton, refuses=_triton_refuses))
+serve(OP, Backend("cpp", native.policy_attention_cpp, refuses=native.refuses_policy_attention),
+      Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))
