@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 
@@ -219,6 +221,49 @@ def test_truncated_falls_back_to_the_one_before(tmp_path, name, size):
     os.truncate(path, int(whole * size) if isinstance(size, float) else size if size >= 0 else whole + size)
     with pytest.warns(UserWarning, match=r"step-00000002 cannot be read .*; the one before is tried"):
         assert read(tmp_path)[0] == 1
+
+
+def test_what_cannot_be_read_is_moved_away_and_written_anew(tmp_path):
+    saved(tmp_path, done=(1, 2))
+    os.truncate(tmp_path / "step-00000002" / "state.pt", 100)
+    run, checkpoints = Run(student(), CONFIG, 5, vit()), Checkpoints(tmp_path)
+    with pytest.warns(UserWarning, match="step-00000002 cannot be read"):
+        assert checkpoints.resume(run) == 1
+    run.step(1, *list(loaders()[0])[1])
+    checkpoints.save(run, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(tmp_path)[0] == 2
+    assert [p.name.rsplit("-", 1)[0] for p in tmp_path.glob("damaged-*")] == ["damaged-step-00000002"]
+
+
+def test_the_best_is_tried_too(tmp_path):
+    learn(tmp_path, keep=1)
+    (best,) = Checkpoints(tmp_path).found("best")
+    os.truncate(tmp_path / "step-00000025" / "state.pt", 100)
+    expected = int(best.name.removeprefix("best-"))
+    if expected == 25:
+        best.rename(best.with_name("best-00000020"))
+    with pytest.warns(UserWarning, match="step-00000025 cannot be read"):
+        assert read(tmp_path)[0] == expected
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing_half_done(tmp_path, monkeypatch):
+    run = saved(tmp_path, done=(1,))
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+    monkeypatch.setattr(resume, "save_file", full)
+    with pytest.raises(OSError, match="step-00000002 could not be written, the checkpoints before are as they were: No space left"):
+        Checkpoints(tmp_path).save(run, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"] and read(tmp_path)[0] == 1
+
+
+def test_other_data_are_refused(tmp_path):
+    saved(tmp_path, done=(1,))
+    with pytest.raises(ValueError, match="must give 5 batches an epoch, as when the run began, got 4"):
+        Checkpoints(tmp_path).resume(Run(student(), CONFIG, 4, vit()))
 
 
 def test_nothing_readable_is_one_clear_error(tmp_path):

@@ -89,6 +89,41 @@ def test_a_teacher_does_not_learn_with_its_student(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), teacher.state_dict().values()))
 
 
+def test_a_teacher_whose_head_would_be_random_is_refused(tmp_path, monkeypatch):
+    """timm gives a pretrained model a new head for another number of classes."""
+    make = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **options: make(name, **options))
+    start = config(tmp_path, pretrained=True, teacher="start", tokens=TOKENS)
+    for run in (start, replace(start, pretrained=False, teacher=NAME)):
+        with pytest.raises(ValueError, match="teacher must know the data's 10 classes, the pretrained vit_tiny_patch16_224 knows 1000"):
+            build(run, 10)
+    build(replace(start, model_args=ARGS | {"num_classes": 1000}), 1000)
+
+
+def test_classes_in_another_order_are_refused(tmp_path):
+    for root, names in (("a", ("cat", "dog", "eel")), ("b", ("ant", "cat", "dog"))):
+        for split in ("train", "val"):
+            for name in names:
+                (tmp_path / root / split / name).mkdir(parents=True)
+                Image.new("RGB", (20, 20)).save(tmp_path / root / split / name / "0.png")
+    data = DataConfig(str(tmp_path / "a"), image_size=16, workers=0)
+    args = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    assert main(config(tmp_path / "out", model_args=args, data=data, train=replace(TRAIN, batch_size=3))) == 0
+    model = vitprune.load(tmp_path / "out" / "model")
+    assert evaluate_source(model, str(tmp_path / "a"), workers=0)["count"] == 3
+    with pytest.raises(ValueError, match="classes of .* must be the model's in its order, got 'ant' where it has 'cat'"):
+        evaluate_source(model, str(tmp_path / "b"), workers=0)
+
+
+def test_one_run_an_output(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="output must not be that of another run that is still going on"):
+            main(config(tmp_path))
+    assert main(config(tmp_path)) == 0
+
+
 def test_a_refused_command_leaves_the_run_as_it_was(tmp_path):
     assert main(config(tmp_path)) == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

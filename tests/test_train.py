@@ -9,6 +9,7 @@ from torch import nn
 from vitprune import BlockPruning, Cubic, TokenPruning, prune
 from vitprune.digits import TensorLoader
 from vitprune.evaluate import evaluate, teach
+from vitprune.learned import settle
 from vitprune.step import NonFiniteLoss, Run, parameter_groups, soft_target
 from vitprune.train import SCHEDS, TrainConfig, train
 
@@ -127,6 +128,31 @@ def test_a_bad_parameter_is_named():
         model.blocks[2].mlp.fc1.weight[0, 0] = float("inf")
     with pytest.raises(NonFiniteLoss, match="first non-finite: parameter blocks.2.mlp.fc1.weight"):
         train(model, loaders(), CONFIG)
+
+
+def test_what_overflows_in_half_precision_is_named():
+    model = vit()
+    with torch.no_grad():
+        model.blocks[2].mlp.fc2.weight.mul_(1e9)
+    with pytest.raises(NonFiniteLoss, match="first non-finite: output of module blocks.2.mlp.fc2"):
+        train(model, loaders(), replace(CONFIG, amp="float16"))
+
+
+def test_a_bad_teacher_is_named():
+    teacher = vit()
+    with torch.no_grad():
+        teacher.blocks[1].attn.proj.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteLoss, match="first non-finite: the teacher's parameter blocks.1.attn.proj.weight"):
+        train(pruned(), loaders(), CONFIG, teacher)
+
+
+def test_the_moving_average_keeps_what_was_fine_tuned():
+    def live(ema):
+        model = prune(vit(), blocks=BlockPruning(heads=0.5, hidden=0.5, method="movement", granularity=16, start="zero"))
+        train(model, loaders(), replace(CONFIG, epochs=4, ema=ema, score_lr=0.3))
+        settle(model)
+        return [(b.attn.live.tolist(), b.mlp.live.tolist()) for b in model.blocks]
+    assert live(None) == live(0.999)
 
 
 def test_the_first_bad_module_is_named():

@@ -10,8 +10,7 @@ from typing import get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
-USER_ERRORS = (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError, RuntimeError,
-               ImportError, ArgumentError)
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArgumentError)
 
 
 class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):

@@ -1,7 +1,7 @@
 """One forward pass of any model, for the losses and for its accuracy."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +12,9 @@ from .vit import PrunedDistilledViT, PrunedOutput, PrunedViT
 
 if TYPE_CHECKING:
     from .data import DataConfig
+
+
+TAG = "vitprune"  # of a pretrained_cfg that says how the model was trained here
 
 
 def world() -> tuple[int, int]:
@@ -39,15 +42,22 @@ def teach(teacher: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def first_non_finite(model: nn.Module, images: Tensor, parts: dict[str, Tensor], seed: int) -> str:
+def first_non_finite(model: nn.Module, images: Tensor, parts: dict[str, Tensor], seed: int, teacher: nn.Module | None = None) -> str:
     """Name of the first tensor that is not finite: images, a parameter, a module's output in a replayed forward pass
-    with the same `seed`, or a part of the loss."""
+    with the same `seed`, the same of the teacher, or a part of the loss. Called under the autocast of the step."""
     def bad(value) -> bool:
         return isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
 
     if bad(images):
         rows = (~torch.isfinite(images).flatten(1).all(dim=1)).nonzero().flatten().tolist()
         return f"images (rows {rows[:5]} of the batch)"
+    for whose, network in (("", model), ("the teacher's ", teacher)):
+        if network is not None and (found := _first_non_finite(network, images, seed, bad)):
+            return whose + found
+    return next((f"loss part {name}" for name, value in parts.items() if bad(value)), "the weighted total")
+
+
+def _first_non_finite(model: nn.Module, images: Tensor, seed: int, bad: Callable[[object], bool]) -> str | None:
     for name, parameter in model.named_parameters():
         if bad(parameter):
             return f"parameter {name}"
@@ -66,7 +76,7 @@ def first_non_finite(model: nn.Module, images: Tensor, parts: dict[str, Tensor],
     finally:
         for handle in handles:
             handle.remove()
-    return next(iter(found + [f"loss part {name}" for name, value in parts.items() if bad(value)]), "the weighted total")
+    return found[0] if found else None
 
 
 @torch.inference_mode()
@@ -120,6 +130,11 @@ def evaluate_source(model: nn.Module, source: str, device: torch.device | str = 
     if pictures.names is not None and len(pictures.names) != model.num_classes:
         raise ValueError(f"evaluate: the classes of {source} must be the model's {model.num_classes}, got {len(pictures.names)} "
                          "(class_map tells their ids)")
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    if known and pictures.names is not None and list(known) != list(pictures.names):
+        i, (mine, theirs) = next((i, pair) for i, pair in enumerate(zip(known, pictures.names)) if pair[0] != pair[1])
+        raise ValueError(f"evaluate: the classes of {source} must be the model's in its order, got {theirs!r} where it has {mine!r} "
+                         f"(class {i}; class_map tells their ids)")
     return evaluate(model.to(device), create_eval_loader(data, batch_size, source=pictures))
 
 
@@ -131,7 +146,8 @@ def preprocessing(model: nn.Module, source: str, resize: int | None = None, **op
 
     c = resolve_data_config(model=model)
     size, crop = c["input_size"][-1], c["crop_pct"]
-    if crop == 0.9 and str((getattr(model, "pretrained_cfg", None) or {}).get("architecture")).startswith("deit_"):
+    known = getattr(model, "pretrained_cfg", None) or {}
+    if crop == 0.9 and str(known.get("architecture")).startswith("deit_") and known.get("tag") != TAG:
         crop = 0.875  # timm measured 0.9 to be better; every published figure of DeiT and DynamicViT is at 256
     return DataConfig(source=source, image_size=size, resize=resize or int(size / crop + 1e-6), interpolation=c["interpolation"],
                       mean=tuple(c["mean"]), std=tuple(c["std"]), **options)

@@ -131,6 +131,13 @@ def observe(model: PrunedViT, progress: float) -> None:
         gate.score.copy_(gate.sensitivity / mean.clamp(min=torch.finfo(torch.float32).tiny))
 
 
+@torch.no_grad()
+def follow(average: PrunedViT, model: PrunedViT) -> None:
+    """Give a moving average of `model` its scores, in place: it keeps what was fine-tuned, not what averaged scores would choose."""
+    for mine, theirs in zip(gates(average), gates(model)):
+        mine.score.copy_(theirs.score)
+
+
 def _close(gate: Gate, live: list[int]) -> None:
     mask = torch.zeros(gate.mask.shape)
     mask[live] = 1

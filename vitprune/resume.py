@@ -4,10 +4,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .evaluate import world
@@ -31,14 +33,19 @@ class Checkpoints:
         if resume not in ("auto", "never"):
             raise ValueError(f"Checkpoints: resume must be 'auto' or 'never', got {resume!r}")
         self.folder, self.keep, self.mode, self.every = Path(folder), keep, resume, every
+        self.damaged: list[Path] = []
 
     def found(self, kind: str = "step") -> list[Path]:
         """The checkpoints of that kind, the newest first."""
         return sorted(self.folder.glob(f"{kind}-*"), reverse=True)
 
+    def candidates(self) -> list[Path]:
+        """What `resume` tries in turn: the newest first, the best among them."""
+        return sorted(self.found() + self.found("best"), key=lambda path: path.name.split("-")[1], reverse=True)
+
     def check(self) -> None:
         """Raises FileExistsError with resume="never" where there are checkpoints."""
-        found = self.found()
+        found = self.candidates()
         if found and self.mode == "never":
             raise FileExistsError(f"train: {self.folder} must hold no checkpoints (resume is 'never'), it has {found[0].name}")
 
@@ -48,7 +55,7 @@ class Checkpoints:
         Raises FileExistsError with resume="never" where there is one, RuntimeError where there are some and none can be read.
         """
         self.check()
-        found = self.found()
+        found = self.candidates()
         for path in found:
             try:
                 weights, state = load_file(path / WEIGHTS), torch.load(path / STATE, map_location="cpu", weights_only=True)
@@ -56,6 +63,7 @@ class Checkpoints:
             except Exception as error:  # truncated, damaged, foreign: what can be wrong with a file is open
                 warnings.warn(f"train: {path} cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); "
                               "the one before is tried", stacklevel=2)
+                self.damaged.append(path)
                 continue
             run.model.load_state_dict(weights)
             run.load_state_dict(state["run"])
@@ -71,6 +79,9 @@ class Checkpoints:
         if world()[0] == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
+            for path in self.damaged:  # out of the way, not gone: who knows what it was that could not be read
+                os.rename(path, self.folder / f"damaged-{path.name}-{time.time_ns()}")
+            self.damaged.clear()
             self._write("step", run, done)
             for path in self.found()[self.keep:]:
                 self._delete(path)
@@ -89,15 +100,19 @@ class Checkpoints:
         if path.exists():
             return
         new = self.folder / f".new-{path.name}"
-        new.mkdir()
-        save_file(_contiguous(run.model), new / WEIGHTS)
-        if run.ema is not None:
-            save_file(_contiguous(run.ema.module), new / EMA)
-        torch.save({"done": done, "run": run.state_dict()}, new / STATE)
-        for item in (*new.iterdir(), new):
-            sync(item)
-        os.rename(new, path)
-        sync(self.folder)
+        try:
+            new.mkdir()
+            save_file(_contiguous(run.model), new / WEIGHTS)
+            if run.ema is not None:
+                save_file(_contiguous(run.ema.module), new / EMA)
+            torch.save({"done": done, "run": run.state_dict()}, new / STATE)
+            for item in (*new.iterdir(), new):
+                sync(item)
+            os.rename(new, path)
+            sync(self.folder)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+            shutil.rmtree(new, ignore_errors=True)
+            raise OSError(f"train: {path} could not be written, the checkpoints before are as they were: {error}") from error
 
     def _delete(self, path: Path) -> None:
         gone = path.with_name(f".old-{path.name}")

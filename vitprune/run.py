@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TextIO
 
 import timm
 import torch
@@ -20,7 +21,7 @@ from .blocks import BlockPruning
 from .convert import load_weights, start_from
 from .data import DataConfig, create_loaders, subset_ids, write_subset
 from .doctor import default_device
-from .evaluate import world
+from .evaluate import TAG, world
 from .progress import Progress
 from .resume import Checkpoints, write_metrics
 from .step import NonFiniteLoss
@@ -107,8 +108,8 @@ def find_recipes(argv: Sequence[str]) -> list[str]:
     return out
 
 
-def build(config: RunConfig, classes: int) -> tuple[nn.Module, nn.Module | None]:
-    """(model, teacher or None) of a run on pictures of so many classes."""
+def build(config: RunConfig, classes: int, names: Sequence[str] | None = None) -> tuple[nn.Module, nn.Module | None]:
+    """(model, teacher or None) of a run on pictures of so many classes, with those names where they are known."""
     with torch.random.fork_rng():
         torch.manual_seed(config.train.seed)
         start, dense = _start(config, classes)
@@ -123,8 +124,9 @@ def build(config: RunConfig, classes: int) -> tuple[nn.Module, nn.Module | None]
             model = prune(model, blocks=BlockPruning(granularity=1))  # nothing leaves: the dense model, in a form that can be saved
     if config.data.source != "digits":
         data = config.data
-        model.pretrained_cfg = {"architecture": config.model, "input_size": (3, data.image_size, data.image_size), "mean": data.mean,
-                                "std": data.std, "interpolation": data.interpolation, "num_classes": classes,
+        model.pretrained_cfg = {"architecture": config.model, "tag": TAG, "input_size": (3, data.image_size, data.image_size),
+                                "mean": data.mean, "std": data.std, "interpolation": data.interpolation, "num_classes": classes,
+                                "label_names": names and list(names),
                                 "crop_pct": data.image_size / (data.resize or round(data.image_size / 0.875))}
         model.default_cfg = model.pretrained_cfg
     return model, _teacher(config, classes, dense)
@@ -153,6 +155,8 @@ def _teacher(config: RunConfig, classes: int, dense: nn.Module | None) -> nn.Mod
     if config.teacher is None:
         return None
     if config.teacher == "start":
+        if config.pretrained:
+            _check_head(config.model, dense, classes)
         if dense is None:
             raise ValueError(f"train: teacher must be a model that keeps its tokens, but {config.model} prunes them: name another")
         return dense
@@ -164,8 +168,17 @@ def _teacher(config: RunConfig, classes: int, dense: nn.Module | None) -> nn.Mod
         teacher = _create(config, config.teacher, classes, pretrained=config.teacher_checkpoint is None)
         if config.teacher_checkpoint is not None:
             load_weights(teacher, config.teacher_checkpoint)
+        else:
+            _check_head(config.teacher, teacher, classes)
     _check_classes("teacher", config.teacher, teacher.num_classes, classes)
     return teacher
+
+
+def _check_head(name: str, teacher: nn.Module, classes: int) -> None:
+    """timm gives a pretrained model a new, random head where the number of classes differs."""
+    if (known := teacher.pretrained_cfg.get("num_classes", classes)) != classes:
+        raise ValueError(f"train: teacher must know the data's {classes} classes, the pretrained {name} knows {known} others: train it "
+                         "on the data without pruning first and name its folder, or teacher_checkpoint, or leave the teacher out")
 
 
 def _check_classes(what: str, name: str, got: int, classes: int) -> None:
@@ -199,10 +212,11 @@ def _run(config: RunConfig, device: torch.device) -> int:
     checkpoints = Checkpoints(output / "checkpoints", config.keep_last, config.resume, config.save_every)
     checkpoints.check()
     if rank == 0:
-        _settle_config(config, output, continues=bool(checkpoints.found()))
+        lock = _lock(output)  # held until the run is over  # noqa: F841
+        _settle_config(config, output, continues=bool(checkpoints.candidates()))
     data = config.data if config.fraction is None else replace(config.data, subset=_subset(config, output, rank))
     training, held_out, classes = create_loaders(data, config.train.batch_size, config.train.seed, rank=rank, world_size=size)
-    model, teacher = build(config, classes)
+    model, teacher = build(config, classes, None if data.source == "digits" else training.pictures.source.names)
     model, teacher = model.to(device), None if teacher is None else teacher.to(device)
     log = Log(output) if rank == 0 else None
     with Progress(config.train.epochs * len(training), quiet=rank > 0) as progress:
@@ -222,9 +236,23 @@ def _run(config: RunConfig, device: torch.device) -> int:
     return 0
 
 
+def _lock(output: Path) -> TextIO | None:
+    """Refuse an output that another run writes to; the lock goes with this process."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        return None
+    lock = open(output / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"train: output must not be that of another run that is still going on, got {str(output)!r}") from None
+    return lock
+
+
 def _settle_config(config: RunConfig, output: Path, continues: bool) -> None:
     """Write config.yaml; where a run goes on, refuse another configuration than the one it began with."""
-    output.mkdir(parents=True, exist_ok=True)
     path, values = output / "config.yaml", json.loads(json.dumps(asdict(config)))
     if continues and path.is_file():
         before, now = _flat(yaml.safe_load(path.read_text())), _flat(values)

@@ -87,10 +87,12 @@ class Run:
     def state_dict(self) -> dict:
         """What a resumed run needs beside the weights."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "totals": self.totals,
-                "history": self.history, "corrupt": sorted(self.corrupt)}
+                "history": self.history, "corrupt": sorted(self.corrupt), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken. Raises ValueError where an epoch has other steps now: the data have changed."""
+        if state["steps"] != self.steps:
+            raise ValueError(f"train: the pictures must give {state['steps']} batches an epoch, as when the run began, got {self.steps}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.totals = {name: total.to(self.device) for name, total in state["totals"].items()}
@@ -128,7 +130,8 @@ class Run:
             parts["penalty"] = learned.penalty(self.model, progress)
             loss = loss + parts["penalty"]
         if in_any_process(not torch.isfinite(loss), self.device):
-            where = first_non_finite(self.model, images, parts, seed)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                where = first_non_finite(self.model, images, parts, seed, self.teacher)
             raise NonFiniteLoss(f"train: the loss is {loss.item()} at epoch {step // self.steps}, step {step}; first non-finite: {where}")
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -174,6 +177,7 @@ class Run:
         if held_out is not None and (last or (epoch + 1) % self.config.eval_every == 0):
             record |= evaluate(self.model, held_out)
             if self.ema is not None:
+                learned.follow(self.ema.module, self.model)
                 learned.advance(self.ema.module, (epoch + 1) / self.config.epochs)
                 record |= {f"ema_{name}": value for name, value in evaluate(self.ema.module, held_out).items() if name != "count"}
         self.totals = {}

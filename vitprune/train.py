@@ -153,6 +153,7 @@ def train(model: nn.Module, loaders: tuple, config: TrainConfig, teacher: nn.Mod
                 on_epoch(record)
             stop_if_asked(save=False)
     if run.ema is not None:
+        learned.follow(run.ema.module, model)
         model.load_state_dict(run.ema.module.state_dict())
         learned.advance(model, 1.0)
     return run.history
