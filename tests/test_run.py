@@ -115,6 +115,27 @@ def test_classes_in_another_order_are_refused(tmp_path):
         evaluate_source(model, str(tmp_path / "b"), workers=0)
 
 
+def test_refilled_heads_are_fine_tuned_by_the_next_run(tmp_path):
+    blocks = replace(BLOCKS, head_dim=0.5)
+    assert main(config(tmp_path / "cut", blocks=blocks)) == 0
+    assert main(config(tmp_path / "filled", blocks=blocks, refill=True)) == 0
+    cut, filled = (vitprune.load(tmp_path / name / "model").blocks[0].attn for name in ("cut", "filled"))
+    assert (cut.num_heads, cut.head_dim) == (1, 8) and (filled.num_heads, filled.head_dim) == (1, 16)
+    assert main(config(tmp_path / "tuned", model=str(tmp_path / "filled" / "model"), model_args={})) == 0
+    with pytest.raises(ValueError, match="refill must be off unless blocks.head_dim is < 1"):
+        config(tmp_path, blocks=BLOCKS, refill=True)
+    with pytest.raises(ValueError, match="train.ramp_tokens must be off where no tokens are pruned by predictors"):
+        config(tmp_path, tokens=replace(TOKENS, score="random"), train=replace(TRAIN, ramp_tokens=True))
+
+
+def test_a_damaged_configuration_is_one_error(tmp_path):
+    assert main(config(tmp_path)) == 0
+    for text in ("", "model: [unclosed"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(ValueError, match="config.yaml must be the configuration that the run began with, it is damaged"):
+            main(config(tmp_path))
+
+
 def test_one_run_an_output(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     with open(tmp_path / ".lock", "w") as lock:

@@ -22,8 +22,9 @@ from .convert import load_weights, start_from
 from .data import DataConfig, create_loaders, subset_ids, write_subset
 from .doctor import default_device
 from .evaluate import TAG, world
+from .learned import refill, settle
 from .progress import Progress
-from .resume import Checkpoints, write_metrics
+from .resume import Checkpoints, sync, write_metrics
 from .step import NonFiniteLoss
 from .tokens import TokenPruning
 from .train import Stopped, TrainConfig, train
@@ -43,6 +44,8 @@ class RunConfig:
     teacher: "start" (the model before it is pruned), a timm name or a folder; none: no distillation.
     teacher_checkpoint: weights of a teacher given by name; without, timm's pretrained ones.
     tokens, blocks: what is pruned; both: in tandem; none: the model is trained as it is.
+    refill: where blocks.head_dim is below 1, revive the dead dimensions of the heads that remain before the model is saved
+        ("hybrid-filled"): the next run starts from it and fine-tunes them.
     fraction, take: train on a part of the pictures: "first", "random" or class-"balanced"; its numbers go to subset.json.
     resume: "auto" continues where output holds checkpoints, "never" refuses to.
     keep_last: checkpoints kept beside the best. save_every: steps between them, besides the ends of epochs.
@@ -57,6 +60,7 @@ class RunConfig:
     teacher_checkpoint: str | None = None
     tokens: TokenPruning | None = None
     blocks: BlockPruning | None = None
+    refill: bool = False
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     fraction: float | None = None
@@ -76,7 +80,9 @@ class RunConfig:
                  "None without a teacher's name"),
                 ("take", self.take == "first" or self.fraction is not None, "'first' where fraction is None"),
                 ("data.subset", self.data.subset is None or self.fraction is None, "None where fraction is given"),
-                ("train.ramp_tokens", not self.train.ramp_tokens or self.tokens is not None, "off where no tokens are pruned"),
+                ("refill", not self.refill or (self.blocks is not None and self.blocks.head_dim < 1), "off unless blocks.head_dim is < 1"),
+                ("train.ramp_tokens", not self.train.ramp_tokens or (self.tokens is not None and self.tokens.score == "predictor"),
+                 "off where no tokens are pruned by predictors"),
                 ("save_every", self.save_every is None or self.save_every >= 1, "None or >= 1")):
             if not ok:
                 value = self.data.subset if name == "data.subset" else True if name == "train.ramp_tokens" else getattr(self, name)
@@ -230,8 +236,12 @@ def _run(config: RunConfig, device: torch.device) -> int:
         except NonFiniteLoss as error:
             raise RuntimeError(str(error)) from error  # one line for the user, as of any other error
     if rank == 0:
-        folders.save(compact(model), output / "model")
         saved = "" if config.train.ema is None else " (the moving average)"
+        if config.refill:
+            settle(model)
+            refill(model, torch.Generator().manual_seed(config.train.seed))
+            saved += " (refilled since, to be fine-tuned)"
+        folders.save(compact(model), output / "model")
         print(f"{output / 'model'}{saved}: {show(history[-1], config.train.epochs)}")
     return 0
 
@@ -255,13 +265,19 @@ def _settle_config(config: RunConfig, output: Path, continues: bool) -> None:
     """Write config.yaml; where a run goes on, refuse another configuration than the one it began with."""
     path, values = output / "config.yaml", json.loads(json.dumps(asdict(config)))
     if continues and path.is_file():
-        before, now = _flat(yaml.safe_load(path.read_text())), _flat(values)
+        try:
+            before = _flat(yaml.safe_load(path.read_text()))
+        except (yaml.YAMLError, AttributeError) as error:
+            raise ValueError(f"train: {path} must be the configuration that the run began with, it is damaged ({error!r:.80}): remove it "
+                             "to go on with this one") from None
+        now = _flat(values)
         for name in sorted(before.keys() | now.keys()):
             if name not in _FREE and before.get(name) != now.get(name):
                 raise ValueError(f"train: {name} must be {before.get(name)!r}, as when the run in {output} began, got {now.get(name)!r} "
                                  "(another output begins a new run)")
     new = output / ".config.yaml"
     new.write_text(yaml.safe_dump(values, sort_keys=False))
+    sync(new)
     os.replace(new, path)
 
 

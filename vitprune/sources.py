@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageNetInfo
 
@@ -312,8 +312,8 @@ def decode(data: bytes) -> Image.Image:
         with contextlib.suppress(Exception):  # damaged EXIF data say nothing of the pixels, and raise what they like
             picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("I;16", "I;16B", "I;16L", "I"):
-            wide = torch.tensor(list(picture.getdata()), dtype=torch.float32)
-            picture = Image.frombytes("L", picture.size, bytes((wide / 257).clamp(0, 255).round().to(torch.uint8).tolist()))
+            wide = np.asarray(picture, dtype=np.float32)
+            picture = Image.fromarray((wide / 257).clip(0, 255).round().astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or (picture.mode == "P" and "transparency" in picture.info):
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
