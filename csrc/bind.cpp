@@ -6,6 +6,7 @@
 
 #include "cpu/policy_attention.h"
 #include "cpu/select_tokens.h"
+#include "cpu/short_attention.h"
 #include "launch.h"
 
 namespace py = pybind11;
@@ -59,6 +60,16 @@ PolicyAttentionParams policy_attention_params(py::tuple addresses, py::tuple siz
   return p;
 }
 
+ShortAttentionParams short_attention_params(Address qkv, Address out, Address cu_seqlens, py::tuple sizes, long long qkv_row,
+                                            float scale, bool bfloat16) {
+  ShortAttentionParams p{};
+  p.qkv = pointer<void>(qkv), p.out = pointer<void>(out), p.cu_seqlens = pointer<int>(cu_seqlens);
+  p.B = sizes[0].cast<int>(), p.H = sizes[1].cast<int>(), p.N = sizes[2].cast<int>(), p.D = sizes[3].cast<int>();
+  p.T = sizes[4].cast<long long>();
+  p.qkv_row = qkv_row, p.scale = scale, p.bfloat16 = bfloat16;
+  return p;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -72,5 +83,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("select_tokens_cpu", &select_tokens_cpu, py::call_guard<py::gil_scoped_release>());
   py::class_<PolicyAttentionParams>(m, "PolicyAttentionParams").def(py::init(&policy_attention_params));
   m.def("policy_attention_cpu", &policy_attention_cpu, py::call_guard<py::gil_scoped_release>());
+  py::class_<ShortAttentionParams>(m, "ShortAttentionParams").def(py::init(&short_attention_params));
+  m.def("short_attention_cpu", &short_attention_cpu, py::call_guard<py::gil_scoped_release>());
   m.def("select_tokens_cuda", &select_tokens_cuda, py::call_guard<py::gil_scoped_release>());
 }

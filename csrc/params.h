@@ -31,3 +31,13 @@ struct PolicyAttentionParams {
   int bfloat16;  // 1: of q, k, v, out and their gradients; 0: float32
   int B, H, N, D;
 };
+
+struct ShortAttentionParams {
+  const void *qkv;       // [T, 3, H, D], channels side by side; T = B * N where there is no cu_seqlens
+  void *out;             // [T, H, D], contiguous
+  const int *cu_seqlens; // [B+1], contiguous: the first row of each sequence; null: all are N long
+  long long qkv_row, T;  // elements from row to row; rows
+  float scale;
+  int bfloat16;  // 1: of qkv and out; 0: float32
+  int B, H, N, D;  // N: of the longest sequence
+};

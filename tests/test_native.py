@@ -1,12 +1,18 @@
 """Finding, compiling, caching and refusing compiled backends."""
 import os
+import platform
+import shutil
+import subprocess
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks import CPP
 
 from vitprune import native, nvrtc
-from vitprune.ops import backend, select_tokens
+from vitprune.ops import backend, policy_attention, select_tokens, short_attention
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.library() is None, reason=nvrtc.MISSING)
 CUDA = torch.device("cuda", 0)
@@ -126,3 +132,39 @@ def test_float8_rows_and_unknown_scores():
     assert torch.equal(tokens.view(torch.uint8), x.view(torch.uint8)[:, [0, 3, 4]])
     assert native.refuses_cpp(torch.device("cpu"), torch.float32, scores=torch.float8_e4m3fn) == \
         "no kernel for scores of torch.float8_e4m3fn"
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_cpu_kernels_at_every_width_and_under_sanitizers(tmp_path):
+    """AddressSanitizer and UndefinedBehaviorSanitizer; against plain loops in double (tests/cpu_kernels.cpp)."""
+    tests = Path(__file__).parent
+    csrc = tests.parent / "csrc"
+    common = ["c++", "-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Werror",
+              "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-I", csrc, "-I", tests]
+    widths = {"base": []}
+    if platform.machine() == "x86_64":
+        widths |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma"]}
+    objects = []
+    for source in sorted((csrc / "cpu").glob("*_simd.cpp")):
+        for width, flags in widths.items():
+            objects.append(tmp_path / f"{source.stem}.{width}.o")
+            subprocess.run([*common, *flags, "-c", source, "-o", objects[-1]], check=True)
+    subprocess.run([*common, tests / "cpu_kernels.cpp", *objects, "-o", tmp_path / "run"], check=True)
+    done = subprocess.run([tmp_path / "run"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "base" in done.stdout.split()
+
+
+@CPP
+def test_a_thousand_calls_from_thirty_two_threads():
+    torch.manual_seed(0)
+    q, policy, qkv = torch.randn(2, 2, 33, 16), torch.rand(2, 33), torch.randn(2, 33, 96)
+    x, scores = torch.randn(2, 33, 8), torch.rand(2, 32)
+
+    def call(_):
+        with backend("cpp"), torch.no_grad():
+            return policy_attention(q, q, q, policy), short_attention(qkv, num_heads=2), select_tokens(x, scores, 9)[0]
+    expected = call(0)
+    with ThreadPoolExecutor(32) as pool:
+        for got in pool.map(call, range(1000)):
+            assert all(torch.equal(a, b) for a, b in zip(got, expected))

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
+from kernel_checks import ARCHS, CPP, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
 from oracles import attention, check_operator, within_twice
 
-from vitprune import ops
+from vitprune import native, ops
+from vitprune.ops.registry import choose
 
 BACKENDS = ["reference", "library"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -160,6 +161,62 @@ def check(case, device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_triton(device, count):
     explore(lambda case: check(case, device), cases(False), cases(True), count, describe)
+
+
+def cpp(tensors, case):
+    qkv, _, cu_seqlens, most = tensors
+    return native.short_attention_cpp(qkv, case["H"], cu_seqlens, most or 0, case["scale"] or case["D"] ** -0.5)
+
+
+def check_cpp(case):
+    case["dtype"] = torch.float32 if case["dtype"] == torch.float16 else case["dtype"]
+    tensors = tensors_of(case, "cpu")
+    truth = run("reference", tensors, case, torch.Tensor.double)[0]
+    got, plain = cpp(tensors, case), run("reference", tensors, case)[0]
+    assert got.dtype == plain.dtype and got.shape == plain.shape
+    within_twice(got, plain, truth)
+
+
+@CPP
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+def test_cpp(count):
+    explore(check_cpp, cases(False), cases(True), count, describe)
+
+
+@CPP
+def test_cpp_edges():
+    torch.manual_seed(0)
+    for B, N, H, D in [(0, 5, 2, 16), (2, 0, 2, 16), (1, 1, 1, 1), (257, 1, 1, 8), (1, 47, 3, 20), (1, 48, 1, 64), (1, 49, 2, 33),
+                       (1, 577, 1, 64), (1, 1025, 1, 16)]:
+        qkv = torch.randn(B, N, 3 * H * D)
+        with ops.backend("cpp"), torch.no_grad():
+            got = ops.short_attention(qkv, num_heads=H)
+        with ops.backend("reference"):
+            torch.testing.assert_close(got.double(), ops.short_attention(qkv.double(), num_heads=H), rtol=1e-5, atol=1e-6)
+    bad = torch.randn(3, 20, 96)
+    bad[1, 7] = torch.nan
+    out = native.short_attention_cpp(bad, 2, None, 0, 0.25)
+    assert out[[0, 2]].isfinite().all() and out[1].isnan().any()
+
+
+@CPP
+@pytest.mark.parametrize("ends, most", [([0, 5, 3], 9), ([0, 11], 11), ([-1, 4], 9), ([0, 4, 8], 3)])
+def test_cpp_refuses_rows_that_are_not_there(ends, most):
+    with pytest.raises(ValueError, match="short_attention: cu_seqlens must ascend within 0..10 by at most max_seqlen="):
+        native.short_attention_cpp(torch.randn(10, 96), 2, torch.tensor(ends, dtype=torch.int32), most, 0.25)
+
+
+@CPP
+def test_cpp_serves_without_gradient_only():
+    x = torch.randn(1, 4, 96)
+    with ops.backend("cpp"):
+        with pytest.raises(RuntimeError, match="forward only"):
+            ops.short_attention(x, num_heads=2)
+        with torch.no_grad():
+            assert ops.short_attention(x, num_heads=2).shape == (1, 4, 32)
+    assert choose("short_attention", x.device, x.dtype, fits=True, packed=False, large=False, small=True) == "library"
+    with torch.no_grad():
+        assert choose("short_attention", x.device, x.dtype, fits=True, packed=False, large=False, small=True) == "cpp"
 
 
 def randoms(B, N, H, D, device, dtype=torch.float32):

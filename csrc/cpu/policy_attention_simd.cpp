@@ -13,42 +13,11 @@ constexpr int ROWS = 48;  // of scores at a time: 40 KiB at 208 keys
 
 using Params = PolicyAttentionParams;
 
-inline float widen(unsigned short x) {
-  const unsigned bits = unsigned(x) << 16;
-  float wide;
-  __builtin_memcpy(&wide, &bits, 4);
-  return wide;
-}
-
-inline unsigned short narrow(float x) {  // to the nearest bfloat16, ties to even
-  unsigned bits;
-  __builtin_memcpy(&bits, &x, 4);
-  return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
-// to [rows, padded] = x [rows, D]; what follows a row's D is zero.
-void get_rows(const Params &p, const void *x, long long at, const long long *strides, int rows, int padded, float *to) {
-  for (int i = 0; i < rows; i++, to += padded) {
-    const long long row = at + i * strides[2];
-    const float *wide = static_cast<const float *>(x) + row;
-    const unsigned short *half = static_cast<const unsigned short *>(x) + row;
-    const long long step = strides[3];
-    if (p.bfloat16) {
-      for (int d = 0; d < p.D; d++) to[d] = widen(half[d * step]);
-    } else if (step == 1) {
-      for (int d = 0; d < p.D; d++) to[d] = wide[d];
-    } else {
-      for (int d = 0; d < p.D; d++) to[d] = wide[d * step];
-    }
-    for (int d = p.D; d < padded; d++) to[d] = 0;
-  }
-}
-
-void put_row(const Params &p, const float *from, float scale, void *x, long long at, long long step) {
-  for (int d = 0; d < p.D; d++) {
-    if (p.bfloat16) static_cast<unsigned short *>(x)[at + d * step] = narrow(scale * from[d]);
-    else static_cast<float *>(x)[at + d * step] = scale * from[d];
-  }
+// A head of a tensor: rows [N, D].
+Rows rows_of(const Params &p, const void *x, const long long *strides, int b, int h) {
+  const long long at = b * strides[0] + h * strides[1];
+  char *data = static_cast<char *>(const_cast<void *>(x)) + at * (p.bfloat16 ? 2 : 4);
+  return {data, p.bfloat16 != 0, strides[2], strides[3], p.D};
 }
 
 inline bool finite(float x) { return x - x == 0; }
@@ -59,15 +28,6 @@ void clean(const Params &p, const float *policy, int padded, float *x) {
     if (!(policy[i] > 0))
       for (int d = 0; d < p.D; d++)
         if (!finite(x[i * padded + d])) x[i * padded + d] = 0;
-}
-
-// to [columns, rows] = x [rows, columns], rows past `rows` zero.
-void transpose(const float *x, int rows, int columns, float *to, int padded) {
-  for (int from = 0; from < padded; from += 16) {
-    const int end = from + 16 < padded ? from + 16 : padded;
-    for (int d = 0; d < columns; d++)
-      for (int i = from; i < end; i++) to[d * padded + i] = i < rows ? x[i * columns + d] : 0;
-  }
 }
 
 struct Head {  // sizes and scratch of one thread
@@ -90,18 +50,18 @@ struct Head {  // sizes and scratch of one thread
 };
 
 // A dropped token's score of itself, taken from its key as it is (eps = 0).
-void get_own_scores(const Params &p, const Head &h, int first, int rows, const void *k, long long k_at) {
+void get_own_scores(const Head &h, int first, int rows, const Rows &k) {
   for (int i = 0; i < rows; i++) {
     if (h.policy[first + i] > 0) continue;
-    get_rows(p, k, k_at + (first + i) * p.k_strides[2], p.k_strides, 1, h.d, h.acc);
+    read(k, first + i, 1, h.d, h.acc);
     h.scores[i * h.n + first + i] = dot(h.q + i * h.d, h.acc, h.d);
   }
 }
 
 // The scores of `rows` queries from `first`; those past N are -inf.
-void get_scores(const Params &p, const Head &h, int first, int rows, const void *k, long long k_at) {
+void get_scores(const Params &p, const Head &h, int first, int rows, const Rows &k) {
   product(rows, h.n, p.D, h.q, h.d, 1, h.kt, h.n, h.scores, h.n, false);
-  if (p.eps == 0) get_own_scores(p, h, first, rows, k, k_at);
+  if (p.eps == 0) get_own_scores(h, first, rows, k);
   for (int i = 0; i < rows; i++) {
     float *const row = h.scores + i * h.n;
     for (int j = 0; j < h.n; j += LANES) store(row + j, load(row + j) * p.scale);
@@ -132,11 +92,12 @@ float weigh(const Params &p, const Head &h, float *scores, float *m) {
 }
 
 void forward(const Params &p, const Head &h, int b, int head) {
-  auto at = [&](const long long *s) { return b * s[0] + head * s[1]; };
+  const Rows q = rows_of(p, p.q, p.q_strides, b, head), k = rows_of(p, p.k, p.k_strides, b, head);
+  const Rows v = rows_of(p, p.v, p.v_strides, b, head), out = rows_of(p, p.out, p.out_strides, b, head);
   const long long bhn = ((long long)b * p.H + head) * p.N;
   for (int j = 0; j < h.n; j++) h.policy[j] = j < p.N ? p.policy[(long long)b * p.N + j] : 0;
-  get_rows(p, p.k, at(p.k_strides), p.k_strides, p.N, h.d, h.k);
-  get_rows(p, p.v, at(p.v_strides), p.v_strides, p.N, h.d, h.v);
+  read(k, 0, p.N, h.d, h.k);
+  read(v, 0, p.N, h.d, h.v);
   if (p.eps == 0) clean(p, h.policy, h.d, h.k), clean(p, h.policy, h.d, h.v);
   transpose(h.k, p.N, h.d, h.kt, h.n);
   for (int d = 0; d < h.d; d++) h.sums[d] = 0;
@@ -145,8 +106,8 @@ void forward(const Params &p, const Head &h, int b, int head) {
       for (int d = 0; d < h.d; d++) h.sums[d] += p.eps / p.N * h.v[j * h.d + d];
   for (int first = 0; first < p.N; first += ROWS) {
     const int rows = p.N - first < ROWS ? p.N - first : ROWS;
-    get_rows(p, p.q, at(p.q_strides) + first * p.q_strides[2], p.q_strides, rows, h.d, h.q);
-    get_scores(p, h, first, rows, p.k, at(p.k_strides));
+    read(q, first, rows, h.d, h.q);
+    get_scores(p, h, first, rows, k);
     for (int i = 0; i < rows; i++) {
       const float kept = h.policy[first + i];
       h.policy[first + i] = 1;
@@ -159,11 +120,11 @@ void forward(const Params &p, const Head &h, int b, int head) {
       float *const row = h.acc + i * h.d;
       for (int d = 0; d < h.d; d++) row[d] += h.sums[d];
       if (p.eps == 0 && !(h.policy[token] > 0)) {  // its own value, as it is
-        get_rows(p, p.v, at(p.v_strides) + token * p.v_strides[2], p.v_strides, 1, h.d, h.q);
+        read(v, token, 1, h.d, h.q);
         for (int d = 0; d < p.D; d++)
           if (!finite(h.q[d])) row[d] += h.scores[i * h.n + token] * h.q[d];
       }
-      put_row(p, row, 1 / (p.z[bhn + token] + p.eps), p.out, at(p.out_strides) + token * p.out_strides[2], p.out_strides[3]);
+      write(out, token, row, 1 / (p.z[bhn + token] + p.eps));
     }
   }
 }
@@ -186,21 +147,25 @@ void differentiate(const Params &p, const Head &h, float *scores, float *da, flo
 }
 
 void backward(const Params &p, const Head &h, int b, int head) {
-  auto at = [&](const long long *s) { return b * s[0] + head * s[1]; };
+  const Rows q = rows_of(p, p.q, p.q_strides, b, head), k = rows_of(p, p.k, p.k_strides, b, head);
+  const Rows v = rows_of(p, p.v, p.v_strides, b, head), out = rows_of(p, p.out, p.out_strides, b, head);
+  const long long grad_strides[4] = {(long long)p.H * p.N * p.D, (long long)p.N * p.D, p.D, 1};
+  const Rows dout = rows_of(p, p.dout, p.dout_strides, b, head), dq = rows_of(p, p.dq, grad_strides, b, head);
+  const Rows dk = rows_of(p, p.dk, grad_strides, b, head), dv = rows_of(p, p.dv, grad_strides, b, head);
   const long long bhn = ((long long)b * p.H + head) * p.N;
   for (int j = 0; j < h.n; j++) h.policy[j] = j < p.N ? p.policy[(long long)b * p.N + j] : 0, h.dpolicy[j] = 0;
-  get_rows(p, p.k, at(p.k_strides), p.k_strides, p.N, h.d, h.k);
-  get_rows(p, p.v, at(p.v_strides), p.v_strides, p.N, h.d, h.v);
+  read(k, 0, p.N, h.d, h.k);
+  read(v, 0, p.N, h.d, h.v);
   if (p.eps == 0) clean(p, h.policy, h.d, h.k), clean(p, h.policy, h.d, h.v);
   transpose(h.k, p.N, h.d, h.kt, h.n);
   transpose(h.v, p.N, h.d, h.vt, h.n);
   for (int first = 0; first < p.N; first += ROWS) {
     const int rows = p.N - first < ROWS ? p.N - first : ROWS;
-    get_rows(p, p.q, at(p.q_strides) + first * p.q_strides[2], p.q_strides, rows, h.d, h.q);
-    get_rows(p, p.dout, at(p.dout_strides) + first * p.dout_strides[2], p.dout_strides, rows, h.d, h.up);
-    get_scores(p, h, first, rows, p.k, at(p.k_strides));
+    read(q, first, rows, h.d, h.q);
+    read(dout, first, rows, h.d, h.up);
+    get_scores(p, h, first, rows, k);
     product(rows, h.n, p.D, h.up, h.d, 1, h.vt, h.n, h.grad, h.n, false);
-    get_rows(p, p.out, at(p.out_strides) + first * p.out_strides[2], p.out_strides, rows, h.d, h.acc);
+    read(out, first, rows, h.d, h.acc);
     for (int i = 0; i < rows; i++) {
       const int token = first + i;
       const float delta = dot(h.up + i * h.d, h.acc + i * h.d, h.d);
@@ -212,11 +177,11 @@ void backward(const Params &p, const Head &h, int b, int head) {
     product(p.N, h.d, rows, h.scores, 1, h.n, h.up, h.d, h.dv, h.d, first > 0);
     product(p.N, h.d, rows, h.grad, 1, h.n, h.q, h.d, h.dk, h.d, first > 0);
     product(rows, h.d, p.N, h.grad, h.n, 1, h.k, h.d, h.acc, h.d, false);
-    for (int i = 0; i < rows; i++) put_row(p, h.acc + i * h.d, p.scale, p.dq, (bhn + first + i) * p.D, 1);
+    for (int i = 0; i < rows; i++) write(dq, first + i, h.acc + i * h.d, p.scale);
   }
   for (int i = 0; i < p.N; i++) {
-    put_row(p, h.dk + (long long)i * h.d, p.scale, p.dk, (bhn + i) * p.D, 1);
-    put_row(p, h.dv + (long long)i * h.d, 1, p.dv, (bhn + i) * p.D, 1);
+    write(dk, i, h.dk + (long long)i * h.d, p.scale);
+    write(dv, i, h.dv + (long long)i * h.d, 1);
     p.dpolicy[bhn + i] = h.dpolicy[i];
   }
 }

@@ -99,4 +99,62 @@ static void product(int M, int N, int K, const float *a, long a_row, long a_k, c
   }
 }
 
+// Rows of a tensor of float32 or bfloat16; strides in elements.
+struct Rows {
+  void *data;
+  bool bfloat16;
+  long long row, channel;
+  int channels;
+};
+
+static inline float widen(unsigned short x) {
+  const unsigned bits = unsigned(x) << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+static inline unsigned short narrow(float x) {  // to the nearest bfloat16, ties to even
+  unsigned bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// to [count, padded] = rows from `first` on; what follows a row's channels is zero.
+static void read(const Rows &x, long long first, int count, int padded, float *to) {
+  for (int i = 0; i < count; i++, to += padded) {
+    const float *wide = static_cast<const float *>(x.data) + (first + i) * x.row;
+    const unsigned short *half = static_cast<const unsigned short *>(x.data) + (first + i) * x.row;
+    if (x.bfloat16 && x.channel == 1) {
+      for (int d = 0; d < x.channels; d++) to[d] = widen(half[d]);
+    } else if (x.bfloat16) {
+      for (int d = 0; d < x.channels; d++) to[d] = widen(half[d * x.channel]);
+    } else if (x.channel == 1) {
+      for (int d = 0; d < x.channels; d++) to[d] = wide[d];
+    } else {
+      for (int d = 0; d < x.channels; d++) to[d] = wide[d * x.channel];
+    }
+    for (int d = x.channels; d < padded; d++) to[d] = 0;
+  }
+}
+
+// One row of x = scale * from.
+static void write(const Rows &x, long long row, const float *from, float scale) {
+  float *const wide = static_cast<float *>(x.data) + row * x.row;
+  unsigned short *const half = static_cast<unsigned short *>(x.data) + row * x.row;
+  for (int d = 0; d < x.channels; d++) {
+    if (x.bfloat16) half[d * x.channel] = narrow(scale * from[d]);
+    else wide[d * x.channel] = scale * from[d];
+  }
+}
+
+// to [columns, padded] = x [rows, columns] transposed, columns past `rows` zero.
+static void transpose(const float *x, int rows, int columns, float *to, int padded) {
+  for (int from = 0; from < padded; from += 16) {
+    const int end = from + 16 < padded ? from + 16 : padded;
+    for (int d = 0; d < columns; d++)
+      for (int i = from; i < end; i++) to[d * padded + i] = i < rows ? x[i * columns + d] : 0;
+  }
+}
+
 }  // namespace WIDTH_NAMESPACE

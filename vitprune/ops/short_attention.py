@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import native
 from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP = "short_attention"
+SMALL = 120_000  # scores: measured on a CPU
 
 
 def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
@@ -30,8 +32,18 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
         (max_seqlen is not None and max_seqlen >= 0) or fail(OP, "max_seqlen", "an int >= 0 with cu_seqlens", max_seqlen)
     D = qkv.shape[-1] // (3 * num_heads)
     fits = True if D % 16 == 0 and 16 <= D <= 128 else False  # a branch, not the size: a graph with dynamic sizes has none to choose by
-    name = choose(OP, qkv.device, qkv.dtype, fits=fits, packed=packed, large=large(prod(qkv.shape[:-1])))
+    facts = {"fits": fits, "packed": packed, "large": large(prod(qkv.shape[:-1]))}
+    if qkv.device.type == "cpu":
+        facts["small"] = not packed and _small(*qkv.shape[:2], num_heads)
+    name = choose(OP, qkv.device, qkv.dtype, **facts)
     return call(OP, name, qkv, num_heads, cu_seqlens, max_seqlen or 0, D ** -0.5 if scale is None else scale)
+
+
+def _small(B: int, N: int, num_heads: int) -> bool:
+    """Whether there are so few scores that calling PyTorch several times costs more than what its bfloat16 products save."""
+    if torch.compiler.is_exporting():
+        return False
+    return True if B * num_heads * N * N <= SMALL else False
 
 
 def reference(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
@@ -174,5 +186,6 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
 
 
 # On a GPU nothing has been measured, so PyTorch's own calls come first.
-serve(OP, Backend("library", library, composite=True), Backend("reference", reference, composite=True),
+serve(OP, Backend("cpp", native.short_attention_cpp, refuses=native.refuses_short_attention),
+      Backend("library", library, composite=True), Backend("reference", reference, composite=True),
       Backend("triton", _triton, refuses=_triton_refuses))

@@ -1,0 +1,148 @@
+// Runs the CPU kernels at every vector width of this processor on odd sizes and compares them with plain loops in double.
+// Built by tests/test_native.py under AddressSanitizer and UndefinedBehaviorSanitizer; buffers are exactly as large as needed.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "cpu/call_widest.h"
+#include "cpu/policy_attention.h"
+#include "cpu/short_attention.h"
+
+namespace {
+
+using Row = std::vector<double>;
+int failures = 0;
+
+struct Width {
+  const char *name;
+  bool here;
+  AtWidth<PolicyAttentionParams> policy;
+  AtWidth<ShortAttentionParams> short_;
+};
+
+const Width WIDTHS[] = {
+#ifdef __x86_64__
+    {"avx512", has_avx512(), {avx512::policy_attention_scratch, avx512::policy_attention}, {avx512::short_attention_scratch, avx512::short_attention}},
+    {"avx2", has_avx2(), {avx2::policy_attention_scratch, avx2::policy_attention}, {avx2::short_attention_scratch, avx2::short_attention}},
+#endif
+    {"base", true, {base::policy_attention_scratch, base::policy_attention}, {base::short_attention_scratch, base::short_attention}},
+};
+
+std::unique_ptr<float[]> random_floats(long long n) {
+  std::unique_ptr<float[]> x(new float[n]);
+  for (long long i = 0; i < n; i++) x[i] = 4.0f * std::rand() / RAND_MAX - 2;
+  return x;
+}
+
+void expect(const char *what, const Width &width, double got, double truth, double scale = 1) {
+  if (std::fabs(got - truth) <= 2e-5 * (scale + std::fabs(truth))) return;
+  if (failures++ < 10) std::printf("%s at %s: %g instead of %g\n", what, width.name, got, truth);
+}
+
+// The weights of query i over n keys, before the division, and their sum.
+Row weights(const float *q, const float *k, long long step, int i, int n, int D, double scale, const float *policy, double *sum) {
+  Row e(n);
+  double top = -INFINITY;
+  for (int j = 0; j < n; j++) {
+    for (int d = 0; d < D; d++) e[j] += scale * q[i * step + d] * k[j * step + d];
+    top = std::max(top, e[j]);
+  }
+  *sum = 0;
+  for (int j = 0; j < n; j++) *sum += e[j] = std::exp(e[j] - top) * (policy && j != i ? policy[j] : 1);
+  return e;
+}
+
+void policy(const Width &width, int B, int H, int N, int D) {
+  const long long all = (long long)B * H * N * D, rows = (long long)B * H * N;
+  auto q = random_floats(all), k = random_floats(all), v = random_floats(all), up = random_floats(all), p = random_floats(B * N);
+  for (int i = 0; i < B * N; i++) p[i] = p[i] > 0 ? 1 : i % 3 ? 0 : 0.5f;
+  std::unique_ptr<float[]> out(new float[all]), m(new float[rows]), z(new float[rows]);
+  std::unique_ptr<float[]> dq(new float[all]), dk(new float[all]), dv(new float[all]), dp(new float[rows]);
+  PolicyAttentionParams a{};
+  a.q = q.get(), a.k = k.get(), a.v = v.get(), a.policy = p.get(), a.out = out.get(), a.m = m.get(), a.z = z.get();
+  a.B = B, a.H = H, a.N = N, a.D = D, a.scale = 0.3f, a.eps = 1e-6f;
+  const long long strides[4] = {(long long)H * N * D, (long long)N * D, D, 1};
+  for (auto *of : {a.q_strides, a.k_strides, a.v_strides, a.out_strides, a.dout_strides}) std::copy(strides, strides + 4, of);
+  call_widest(width.policy, a, 3, rows);
+  a.dout = up.get(), a.dq = dq.get(), a.dk = dk.get(), a.dv = dv.get(), a.dpolicy = dp.get();
+  call_widest(width.policy, a, 3, rows);
+  for (int b = 0; b < B; b++) {
+    for (int h = 0; h < H; h++) {
+      const long long at = ((long long)b * H + h) * N * D;
+      Row dq_(N * D), dk_(N * D), dv_(N * D), dp_(N);
+      for (int i = 0; i < N; i++) {
+        double sum, delta = 0;
+        const Row e = weights(q.get() + at, k.get() + at, D, i, N, D, a.scale, p.get() + b * N, &sum);
+        Row o(D), da(N);
+        for (int j = 0; j < N; j++) {
+          const double w = (e[j] + a.eps / N) / (sum + a.eps);
+          for (int d = 0; d < D; d++) {
+            o[d] += w * v[at + j * D + d];
+            da[j] += up[at + i * D + d] * v[at + j * D + d];
+            dv_[j * D + d] += w * up[at + i * D + d];
+          }
+        }
+        for (int d = 0; d < D; d++) {
+          expect("policy_attention", width, out[at + i * D + d], o[d]);
+          delta += o[d] * up[at + i * D + d];
+        }
+        for (int j = 0; j < N; j++) {
+          const double de = (da[j] - delta) / (sum + a.eps), ds = de * e[j] * a.scale, weight = j == i ? 1 : p[b * N + j];
+          if (j != i && weight > 0) dp_[j] += de * e[j] / weight;
+          for (int d = 0; d < D; d++) dq_[i * D + d] += ds * k[at + j * D + d], dk_[j * D + d] += ds * q[at + i * D + d];
+        }
+      }
+      for (int i = 0; i < N * D; i++) {
+        expect("gradient of q", width, dq[at + i], dq_[i]);
+        expect("gradient of k", width, dk[at + i], dk_[i]);
+        expect("gradient of v", width, dv[at + i], dv_[i]);
+      }
+      for (int j = 0; j < N; j++)
+        if (p[b * N + j] > 0) expect("gradient of the policy", width, dp[at / D + j], dp_[j], 10);
+    }
+  }
+}
+
+void packed(const Width &width, const std::vector<int> &lengths, int H, int D) {
+  std::vector<int> ends{1};  // a row of no sequence before the first and two after the last
+  int longest = 0;
+  for (int n : lengths) ends.push_back(ends.back() + n), longest = std::max(longest, n);
+  const int T = ends.back() + 2, third = H * D;
+  auto qkv = random_floats((long long)T * 3 * third);
+  std::unique_ptr<float[]> out(new float[T * third]);
+  ShortAttentionParams a{};
+  a.qkv = qkv.get(), a.out = out.get(), a.cu_seqlens = ends.data(), a.qkv_row = 3 * third, a.T = T, a.scale = -0.4f;
+  a.B = lengths.size(), a.H = H, a.N = longest, a.D = D;
+  call_widest(width.short_, a, 3, (long long)a.B * H);
+  for (int b = 0; b < a.B; b++) {
+    for (int h = 0; h < H; h++) {
+      const float *q = qkv.get() + (long long)ends[b] * 3 * third + h * D;
+      for (int i = 0; i < lengths[b]; i++) {
+        double sum;
+        const Row e = weights(q, q + third, 3 * third, i, lengths[b], D, a.scale, nullptr, &sum);
+        for (int d = 0; d < D; d++) {
+          double o = 0;
+          for (int j = 0; j < lengths[b]; j++) o += e[j] / sum * q[j * 3 * third + 2 * third + d];
+          expect("short_attention", width, out[(ends[b] + i) * third + h * D + d], o);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (const Width &width : WIDTHS) {
+    if (!width.here) continue;
+    for (int N : {1, 2, 15, 16, 17, 47, 48, 49, 97, 130})
+      for (int D : {1, 7, 16, 64, 80}) {
+        policy(width, 1 + N % 2, 2, N, D);
+        packed(width, {N, 0, 1, N / 2 + 1}, 2, D);
+      }
+    std::printf("%s\n", width.name);
+  }
+  return failures != 0;
+}
