@@ -2,11 +2,11 @@
 import torch
 from torch.nn import functional as F
 
-from bench.common import kinds, main, times
+from bench.common import forced, kinds, main, times
 from vitprune import cases
 from vitprune.bench import DTYPES
 from vitprune.cases import BATCHES, HEADS, Size, calls
-from vitprune.ops import add_norm, backend, registry
+from vitprune.ops import add_norm, registry
 
 CHANNELS = {name: 64 * heads for name, heads in HEADS.items()}  # DeiT
 KEEPS = {keep: Size(1, 1, keep).kept for keep in cases.KEEPS}  # tokens
@@ -27,10 +27,7 @@ def candidates(device: torch.device, dtype: torch.dtype) -> dict:
     found["compiled"] = torch.compile(found["eager"], dynamic=False)
     for name, reason in registry.table("add_norm", device, dtype).items():
         if name == "triton":
-            def run(x, r, w, b, name=name):
-                with backend(name):
-                    return add_norm(x, r, w, b, 1e-6)
-            found[name] = reason or run
+            found[name] = reason or forced(name, lambda x, r, w, b: add_norm(x, r, w, b, 1e-6))
     return found
 
 

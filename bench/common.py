@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from vitprune.bench import DTYPES, interleave, machine
+from vitprune.ops import backend
 
 LIMITS = {"H200": (4.8e12, 989e12)}  # bytes a second and FLOPs a second in 16 bits, from the data sheet
 
@@ -27,6 +28,14 @@ def times(calls: dict, device: torch.device, min_time: float) -> tuple[dict[str,
     """(median, [least, most]) milliseconds of each of `calls`, interleaved."""
     found = interleave(calls, min_time=min_time, synchronise=torch.cuda.synchronize if device.type == "cuda" else lambda: None)
     return {n: statistics.median(t) for n, t in found.items()}, {n: [min(t), max(t)] for n, t in found.items()}
+
+
+def forced(name: str, function: Callable, **options) -> Callable:
+    """function with the backend of that name; the choice is made here, outside of what torch.compile sees."""
+    def run(*args, **more):
+        with backend(name):
+            return function(*args, **options, **more)
+    return run
 
 
 def limit(device: torch.device) -> tuple[float, float] | None:

@@ -1,11 +1,11 @@
 """compact_tokens and expand_rows beside what PyTorch has: `python -m bench.compact_tokens [DEVICE]` prints JSON."""
 import torch
 
-from bench.common import kinds, main, times
+from bench.common import forced, kinds, main, times
 from vitprune import cases
 from vitprune.bench import DTYPES
 from vitprune.cases import BATCHES, HEADS, KEEPS, Size, calls
-from vitprune.ops import backend, compact_tokens, expand_rows, registry
+from vitprune.ops import compact_tokens, expand_rows, registry
 
 
 def shapes(device: torch.device, brief: bool):
@@ -17,13 +17,6 @@ def shapes(device: torch.device, brief: bool):
     return [(B, H, keep) for H in HEADS.values() for B in BATCHES for keep in (KEEPS if B in (1, 128) else (0.7,))]
 
 
-def forced(name: str, function, reason: str | None):
-    def run(*args):
-        with backend(name):
-            return function(*args)
-    return reason or run
-
-
 def candidates(device: torch.device, dtype: torch.dtype) -> dict:
     """Operator -> name -> function, or the reason why there is none; `boolean_index` waits for the device, as it must."""
     compact = {"boolean_index": lambda x, keep: x[keep]}
@@ -31,8 +24,8 @@ def candidates(device: torch.device, dtype: torch.dtype) -> dict:
     for found, op, function in ((compact, "compact_tokens", lambda x, keep: compact_tokens(x, keep, capacity=keep.numel())),
                                 (expand, "expand_rows", expand_rows)):
         for name, reason in registry.table(op, device, dtype).items():
-            found[name] = forced(name, function, reason)
-        found["compiled_reference"] = torch.compile(forced("reference", function, None), dynamic=False)
+            found[name] = reason or forced(name, function)
+        found["compiled_reference"] = forced("reference", torch.compile(function, dynamic=False))
     return {"compact_tokens": compact, "expand_rows": expand}
 
 

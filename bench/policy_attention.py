@@ -4,26 +4,25 @@ import functools
 import torch
 from torch.nn import functional as F
 
-from bench.common import kinds, limit, main, times
+from bench.common import forced, kinds, limit, main, times
 from bench.short_attention import heads, merged
 from vitprune import cases
 from vitprune.bench import DTYPES
 from vitprune.cases import HEADS, Size, calls
-from vitprune.ops import backend, policy_attention, registry
+from vitprune.ops import policy_attention, registry
 
 
 def shapes(device: torch.device, brief: bool):
     """(B, N, H): DynamicViT trains at the full number of tokens."""
     if device.type != "cuda":
-        return [(1, 197, 3), (8, 197, 6)]
+        return [(B, 197, 6) for B in (1, 8, 32)]
     if brief:
         return [(128, 197, 12), (128, 197, 6), (1, 197, 6)]
     return [(B, N, H) for H in HEADS.values() for B in (1, 8, 32, 128, 512) for N in ((197, 577) if B == 32 else (197,))]
 
 
-def ours(x, policy, H: int, name: str):
-    with backend(name):
-        return merged(policy_attention(*heads(x, H), policy))
+def ours(x, policy, H: int):
+    return merged(policy_attention(*heads(x, H), policy))
 
 
 def masked(x, policy, H: int):
@@ -42,9 +41,9 @@ def flex(x, policy, H: int):
 
 def candidates(device: torch.device, dtype: torch.dtype) -> dict:
     """Name -> function(x, policy, H), or the reason why there is none."""
-    eager, reason = functools.partial(ours, name="reference"), registry.table("policy_attention", device, dtype)["triton"]
-    return {"eager": eager, "compiled": torch.compile(eager, dynamic=False), "sdpa mask": masked,
-            "flex": torch.compile(flex, dynamic=False), "triton": reason or functools.partial(ours, name="triton")}
+    reasons = registry.table("policy_attention", device, dtype)
+    return {"eager": forced("reference", ours), "compiled": forced("reference", torch.compile(ours, dynamic=False)), "sdpa mask": masked,
+            "flex": torch.compile(flex, dynamic=False), **{name: reasons[name] or forced(name, ours) for name in ("triton", "cpp")}}
 
 
 def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):

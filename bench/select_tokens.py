@@ -1,11 +1,11 @@
 """select_tokens, every backend that can run here, side by side: `python -m bench.select_tokens [DEVICE]` prints JSON."""
 import torch
 
-from bench.common import kinds, main, times
+from bench.common import forced, kinds, main, times
 from vitprune import cases
 from vitprune.bench import DTYPES
 from vitprune.cases import BATCHES, HEADS, KEEPS, Size, calls
-from vitprune.ops import backend, registry
+from vitprune.ops import registry
 
 
 def shapes(device: torch.device, brief: bool) -> list[Size]:
@@ -16,13 +16,6 @@ def shapes(device: torch.device, brief: bool) -> list[Size]:
     return [Size(B, H, keep) for H in HEADS.values() for B in BATCHES for keep in (KEEPS[1:] if B in (1, 128) else (0.7,))]
 
 
-def forced(name: str, function):
-    def run(*args):
-        with backend(name):
-            return function(*args)
-    return run
-
-
 def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
     """A row a shape and dtype: milliseconds of every backend and of the compiled reference, and bytes that must move."""
     for kind in kinds(device, brief):
@@ -31,7 +24,7 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
             function, args = cases.inputs("select_tokens", size, device, DTYPES[kind])
             functions = {name: reason or forced(name, function)
                          for name, reason in registry.table("select_tokens", device, DTYPES[kind], scores=DTYPES[kind]).items()}
-            functions["compiled_reference"] = torch.compile(forced("reference", function), dynamic=False)
+            functions["compiled_reference"] = forced("reference", torch.compile(function, dynamic=False))
             with torch.inference_mode():
                 ready, refused = calls(functions, args, [], False)
                 ms, spread = times(ready, device, min_time)

@@ -6,16 +6,16 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.add_norm import KEEPS
-from bench.common import kinds, limit, main, times
+from bench.common import forced, kinds, limit, main, times
 from vitprune import cases
 from vitprune.bench import DTYPES
 from vitprune.cases import BATCHES, HEADS, Size, calls
-from vitprune.ops import backend, registry, short_attention
+from vitprune.ops import registry, short_attention
 
 
 def shapes(device: torch.device, brief: bool):
     if device.type != "cuda":
-        return [(1, 197, 3), (8, 68, 3)]
+        return [(1, 197, 6), (1, 97, 6), (8, 197, 6), (32, 97, 6)]
     if brief:
         return [(1, 138, 6), (128, 138, 12), (128, 197, 12), (128, 138, 6), (1, 138, 12)]
     return [(B, N, H) for H in HEADS.values() for B in BATCHES
@@ -51,26 +51,24 @@ def varlen(x, H: int):
     return varlen_attn(q, k, v, ends, ends, N, N).view(B, N, H * 64)
 
 
-def ours(x, H: int, name: str, packed: bool):
-    with backend(name):
-        if not packed:
-            return short_attention(x, num_heads=H)
-        B, N, _ = x.shape
-        ends = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=x.device)
-        return short_attention(x.flatten(0, 1), num_heads=H, cu_seqlens=ends, max_seqlen=N).view(B, N, H * 64)
+def ours(x, H: int, packed: bool = False):
+    if not packed:
+        return short_attention(x, num_heads=H)
+    B, N, _ = x.shape
+    ends = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=x.device)
+    return short_attention(x.flatten(0, 1), num_heads=H, cu_seqlens=ends, max_seqlen=N).view(B, N, H * 64)
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> dict:
     """Name -> function(x, H), or the reason why there is none; every one takes the fused qkv and gives rows."""
-    eager = functools.partial(ours, name="reference", packed=False)
-    found = {"eager": eager, "compiled": torch.compile(eager, dynamic=False),
-             "library": functools.partial(ours, name="library", packed=False), "flex": torch.compile(flex, dynamic=False), "varlen": varlen}
+    found = {"eager": forced("reference", ours), "compiled": forced("reference", torch.compile(ours, dynamic=False)),
+             "library": forced("library", ours), "flex": torch.compile(flex, dynamic=False), "varlen": varlen}
     for only in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         for masked in (False, True):
             found[f"sdpa {only.name.lower()}" + " mask" * masked] = functools.partial(sdpa, only=only, masked=masked)
     for packed in (False, True):
-        reason = registry.table("short_attention", device, dtype)["triton"]
-        found["triton" + " packed" * packed] = reason or functools.partial(ours, name="triton", packed=packed)
+        reasons = registry.table("short_attention", device, dtype, packed=packed)
+        found |= {name + " packed" * packed: reasons[name] or forced(name, ours, packed=packed) for name in ("triton", "cpp")}
     return found
 
 

@@ -4,10 +4,10 @@ import functools
 import torch
 from torch.nn import functional as F
 
-from bench.common import kinds, limit, main, times
+from bench.common import forced, kinds, limit, main, times
 from vitprune.bench import DTYPES
 from vitprune.cases import HEADS, calls
-from vitprune.ops import backend, registry, sliced_linear, sliced_mlp
+from vitprune.ops import registry, sliced_linear, sliced_mlp
 from vitprune.ops.sliced_linear import block_index
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25)
@@ -20,16 +20,13 @@ def shapes(device: torch.device, brief: bool):
     return [(B * 197, 64 * H) for H in ([12] if brief else HEADS.values()) for B in ((128, 1) if brief else (1, 8, 32, 128, 512))]
 
 
-def mlp(x, w1, b1, w2, b2, live, name: str):
-    with backend(name):
-        return sliced_mlp(x, w1, b1, w2, b2, live)
+def mlp(x, w1, b1, w2, b2, live):
+    return sliced_mlp(x, w1, b1, w2, b2, live)
 
 
-def heads(x, w1, b1, w2, b2, live, name: str):
+def heads(x, w1, b1, w2, b2, live):
     """The projections of attention: in over live heads, out over live heads. The weights of the MLP serve: 4 C rows, C columns."""
-    with backend(name):
-        y = sliced_linear(x, w1, b1, live, side="out")
-        return sliced_linear(y, w2, b2, live, side="in")
+    return sliced_linear(sliced_linear(x, w1, b1, live, side="out"), w2, b2, live, side="in")
 
 
 def compacted(x, w1, b1, w2, b2, live, gelu: bool):
@@ -40,14 +37,14 @@ def compacted(x, w1, b1, w2, b2, live, gelu: bool):
 
 def candidates(operator, device: torch.device, dtype: torch.dtype) -> dict:
     """Name -> (function, whether it takes compacted weights), or the reason why there is none."""
-    eager, op = functools.partial(operator, name="reference"), "sliced_mlp" if operator is mlp else "sliced_linear"
-    reason = registry.table(op, device, dtype)["triton"]
+    reason = registry.table("sliced_mlp" if operator is mlp else "sliced_linear", device, dtype)["triton"]
     compact = functools.partial(compacted, gelu=operator is mlp)
-    return {"gather, then library": (eager, False), "gather, compiled": (torch.compile(eager, dynamic=False), False),
+    return {"gather, then library": (forced("reference", operator), False),
+            "gather, compiled": (forced("reference", torch.compile(operator, dynamic=False)), False),
             "library on compacted": (compact, True), "compiled on compacted": (torch.compile(compact, dynamic=False), True),
             "max-autotune on compacted": (torch.compile(compact, dynamic=False, mode="max-autotune-no-cudagraphs"), True)
             if device.type == "cuda" else ("for GPUs", True),
-            "triton": (reason or functools.partial(operator, name="triton"), False)}
+            "triton": (reason or forced("triton", operator), False)}
 
 
 def bind(function, live):

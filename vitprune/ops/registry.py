@@ -38,10 +38,13 @@ class Backend:
 def backend(name: str) -> Iterator[None]:
     """Force the backend of that name, in this thread, for every operator called inside that has one.
 
-    Raises ValueError for a name no operator knows. An operator that has the backend but cannot use it raises
+    Raises ValueError for a name no operator knows, RuntimeError inside of what torch.compile traces, where it would have no
+    effect: choose around the compiled function. An operator that has the backend but cannot use it raises
     RuntimeError with the reason; an operator that does not have it chooses as always. A graph that torch.compile has
     traced keeps the choice made when it was traced.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("backend: it must be chosen around the compiled function, not inside of it")
     known = sorted({name for table in TABLES.values() for name in table})
     if name not in known:
         raise ValueError(f"backend: name must be one of {', '.join(known)}, got {name!r}")
