@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--baseline", nargs="+", default=["eager", "modules", "compiled", "onnxruntime", "openvino"])
+    parser.add_argument("--baseline", nargs="+", default=["eager", "modules", "packed", "compiled", "onnxruntime", "openvino"])
     options = parser.parse_args()
     out = Path(__file__).parent / "results" / f"model_{options.device}.json"
     out.parent.mkdir(exist_ok=True)

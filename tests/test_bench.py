@@ -91,10 +91,10 @@ def test_tokens_that_do_not_leave_are_an_error(pair, monkeypatch):
         bench.check_removed(pair[1])
 
 
-@pytest.mark.parametrize(("name", "side"), [("modules", 0), ("modules", 1), ("compiled", 1), ("onnxruntime", 0), ("onnxruntime", 1),
-                                             ("openvino", 0), ("openvino", 1)])
+@pytest.mark.parametrize(("name", "side"), [("modules", 0), ("modules", 1), ("packed", 0), ("packed", 1), ("compiled", 1),
+                                             ("onnxruntime", 0), ("onnxruntime", 1), ("openvino", 0), ("openvino", 1)])
 def test_engines_agree_with_plain_evaluation(pair, name, side):
-    if name not in ("modules", "compiled"):
+    if name not in ("modules", "packed", "compiled"):
         pytest.importorskip(name)
     images = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(1))
     expected = build("eager", pair[side], images)(images)
@@ -144,7 +144,7 @@ def test_accelerate(pair, monkeypatch):
     monkeypatch.setitem(engine.ENGINES, "compiled", lambda model, images: build("eager", model, images))
     images = torch.randn(2, 3, 160, 160)
     fast = accelerate(pair[1], batch_size=2, dtype=torch.bfloat16)
-    assert fast.engine in ("eager", "compiled")
+    assert fast.engine in ("eager", "packed", "compiled")
     with torch.inference_mode():
         expected = pair[1](images)
     got = fast(images).float()
@@ -164,7 +164,22 @@ def test_accelerate_survives_a_broken_compiler(pair, monkeypatch):
 
     monkeypatch.setitem(engine.ENGINES, "compiled", fail)
     with pytest.warns(UserWarning, match="torch.compile does not work here"):
-        assert accelerate(pair[1], 1).engine == "eager"
+        assert accelerate(pair[1], 1).engine in ("eager", "packed")
+
+
+def test_packed_weights_are_a_copy_of_their_own(pair):
+    """The model can change afterwards; a batch of another size than that packed for is served too."""
+    model = copy.deepcopy(pair[1])
+    run = build("packed", model, torch.randn(2, 3, 160, 160))
+    assert not any("packed" in layer.__dict__ for layer in model.modules())
+    images = torch.randn(3, 3, 160, 160)
+    expected = build("eager", pair[1], images)(images)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert float((run(images) - expected).abs().max() / expected.abs().max()) < 1e-5
+    with pytest.raises(Unavailable, match="oneDNN does not serve torch.float64"):
+        build("packed", copy.deepcopy(model).double(), images.double())
 
 
 def test_models_of_the_caller_are_untouched(pair):

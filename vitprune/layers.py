@@ -28,7 +28,7 @@ def _watched(module: nn.Module) -> bool:
 def _dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
     """act(layer(x)) or residual + layer(x), in one call where both are as timm made them and nobody watches them."""
     if type(layer) is nn.Linear and not _watched(layer) and (act is None or not _watched(act)):
-        return ops.linear(x, layer.weight, layer.bias, gelu=act is not None, residual=residual)
+        return ops.linear(x, layer.weight, layer.bias, gelu=act is not None, residual=residual, packed=layer.__dict__.get("packed"))
     x = layer(x)
     x = x if act is None else act(x)
     return x if residual is None else residual + x

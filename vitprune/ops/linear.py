@@ -10,15 +10,17 @@ from torch.utils.flop_counter import register_flop_formula
 from .registry import fail
 
 
-def linear(x: Tensor, w: Tensor, b: Tensor | None, *, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, w: Tensor, b: Tensor | None, *, gelu: bool = False, residual: Tensor | None = None,
+           packed: Tensor | None = None) -> Tensor:
     """residual + x w^T + b, or gelu(x w^T + b); x [..., I], w [O, I], b [O] or None, residual [..., O] or None -> [..., O].
 
     On an x86 CPU, without gradients, by oneDNN, which adds the bias and the residual or applies GELU while it writes the
-    product. PyTorch's separate calls elsewhere. Raises ValueError for a residual together with GELU.
+    product. PyTorch's separate calls elsewhere. packed: w as `pack` lays it out. Raises ValueError for a residual with GELU.
     """
     if gelu and residual is not None:
         fail("linear", "residual", "None together with gelu", "both")
     if _onednn_serves(x, w, b) and (residual is None or residual.dtype == x.dtype):
+        w = w if packed is None else packed
         if residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, w, b, "add")
         return torch.ops.mkldnn._linear_pointwise(x, w, b, "gelu" if gelu else "none", [], "none" if gelu else "")
@@ -26,6 +28,14 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, *, gelu: bool = False, residu
     if residual is not None:
         return residual + y
     return F.gelu(y) if gelu else y
+
+
+def pack(w: Tensor, rows: int) -> Tensor | None:
+    """w [O, I] as oneDNN reads it where x has so many rows, a copy; None where it does not serve."""
+    with torch.inference_mode():
+        if not _onednn_serves(w, w, None):
+            return None
+        return torch.ops.mkldnn._reorder_linear_weight(w.detach(), rows)
 
 
 def _onednn_serves(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
