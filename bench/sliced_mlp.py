@@ -4,6 +4,7 @@ import functools
 import torch
 from torch.nn import functional as F
 
+from bench import masks
 from bench.common import forced, kinds, limit, main, times
 from vitprune.bench import DTYPES
 from vitprune.cases import HEADS, calls
@@ -57,9 +58,8 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
     for kind in kinds(device, brief):
         for (M, C), fraction, operator in ((s, f, o) for s in shapes(device, brief) for f in FRACTIONS for o in (mlp, heads)):
             torch._dynamo.reset()
-            blocks = 4 * C // 64
-            live = torch.randperm(blocks, generator=torch.Generator().manual_seed(0))[:round(blocks * fraction)].sort().values
-            live, index = live.to(device, torch.int32), block_index(live, 64).to(device)
+            live = masks.live(C, fraction).to(device)
+            index = block_index(live, 64)
             random = functools.partial(torch.randn, device=device, dtype=DTYPES[kind])
             full = [random(M, C), random(4 * C, C) / C ** 0.5, random(4 * C), random(C, 4 * C) / C ** 0.5, random(C)]
             small = [full[0], full[1][index], full[2][index], full[3][:, index].contiguous(), full[4]]
