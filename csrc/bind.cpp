@@ -1,7 +1,6 @@
-// The only file that knows Python. Tensors arrive as addresses, sizes and strides; vitprune/native.py checks them.
+// The only file that knows Python. Tensors arrive as addresses, sizes and strides; vitprune/native/ checks them.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <cstdint>
 
 #include "cpu/policy_attention.h"
@@ -20,7 +19,8 @@ T *pointer(Address address) {
 }
 
 SelectTokensParams select_tokens_params(Address x, Address scores, Address tokens, Address ids, py::tuple sizes,
-                                        py::tuple strides, long long units, int unit_bytes, int score_type) {
+                                        py::tuple strides, long long units, int unit_bytes, int score_type,
+                                        int rows) {
   SelectTokensParams p{};
   p.x = pointer<void>(x);
   p.scores = pointer<void>(scores);
@@ -30,18 +30,8 @@ SelectTokensParams select_tokens_params(Address x, Address scores, Address token
   p.x_batch = strides[0].cast<long long>(), p.x_token = strides[1].cast<long long>();
   p.x_unit = strides[2].cast<long long>();
   p.score_batch = strides[3].cast<long long>(), p.score_token = strides[4].cast<long long>();
-  p.units = units, p.unit_bytes = unit_bytes, p.score_type = score_type;
+  p.units = units, p.unit_bytes = unit_bytes, p.score_type = score_type, p.rows = rows;
   return p;
-}
-
-void select_tokens_cuda(const Kernel *kernel, Address stream, SelectTokensParams p, int processors) {
-  constexpr int max_rows = 256;  // MAX_ROWS of csrc/cuda/select_tokens.cu
-  const int rows = p.P + p.K;
-  // Two blocks for each multiprocessor, and at least a row for each of a block's warps.
-  const int tiles = std::max(1, 2 * processors / p.B), threads = p.N <= 256 ? 256 : 1024;
-  p.rows = std::min(max_rows, std::max((rows + tiles - 1) / tiles, threads / 32));
-  const Grid grid{unsigned(p.B), unsigned((rows + p.rows - 1) / p.rows), unsigned(threads), 0};
-  launch_kernel(kernel, grid, pointer<void>(stream), &p);
 }
 
 PolicyAttentionParams policy_attention_params(py::tuple addresses, py::tuple sizes, py::tuple strides, float scale, float eps,
@@ -70,20 +60,29 @@ ShortAttentionParams short_attention_params(Address qkv, Address out, Address cu
   return p;
 }
 
+// An operator's struct, and its launch by value.
+template <typename Params, typename Make>
+void bind(py::module_ &m, const char *name, Make make) {
+  py::class_<Params>(m, name).def(py::init(make));
+  m.def("launch", [](const Kernel *kernel, unsigned x, unsigned y, unsigned threads, unsigned shared_bytes, Address stream,
+                     const Params &params) {
+    launch_kernel(kernel, {x, y, threads, shared_bytes}, pointer<void>(stream), &params);
+  }, py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   py::class_<Kernel, std::unique_ptr<Kernel, py::nodelete>>(m, "Kernel");
-  m.def("load_kernel", [](py::bytes image, const std::string &name, int device) {
-    return load_kernel(image, name, device);
+  m.def("load_kernel", [](py::bytes image, const std::string &name, int device, int shared_bytes) {
+    return load_kernel(image, name, device, shared_bytes);
   }, py::return_value_policy::reference);
   m.def("driver_version", &driver_version);
 
-  py::class_<SelectTokensParams>(m, "SelectTokensParams").def(py::init(&select_tokens_params));
+  bind<SelectTokensParams>(m, "SelectTokensParams", &select_tokens_params);
   m.def("select_tokens_cpu", &select_tokens_cpu, py::call_guard<py::gil_scoped_release>());
-  py::class_<PolicyAttentionParams>(m, "PolicyAttentionParams").def(py::init(&policy_attention_params));
+  bind<PolicyAttentionParams>(m, "PolicyAttentionParams", &policy_attention_params);
   m.def("policy_attention_cpu", &policy_attention_cpu, py::call_guard<py::gil_scoped_release>());
-  py::class_<ShortAttentionParams>(m, "ShortAttentionParams").def(py::init(&short_attention_params));
+  bind<ShortAttentionParams>(m, "ShortAttentionParams", &short_attention_params);
   m.def("short_attention_cpu", &short_attention_cpu, py::call_guard<py::gil_scoped_release>());
-  m.def("select_tokens_cuda", &select_tokens_cuda, py::call_guard<py::gil_scoped_release>());
 }

@@ -18,6 +18,7 @@ struct Driver {
   int (*CtxPopCurrent)(void **);
   int (*ModuleLoadData)(void **, const void *);
   int (*ModuleGetFunction)(void **, void *, const char *);
+  int (*FuncSetAttribute)(void *, int, int);
   int (*LaunchKernel)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,
                       void **);
   std::string missing;  // why the driver cannot serve; empty where it can
@@ -41,6 +42,7 @@ struct Driver {
     find(CtxPopCurrent, "cuCtxPopCurrent_v2");
     find(ModuleLoadData, "cuModuleLoadData");
     find(ModuleGetFunction, "cuModuleGetFunction");
+    find(FuncSetAttribute, "cuFuncSetAttribute");
     find(LaunchKernel, "cuLaunchKernel");
   }
 };
@@ -74,7 +76,7 @@ class Current {
 
 }  // namespace
 
-Kernel *load_kernel(const std::string &image, const std::string &name, int device) {
+Kernel *load_kernel(const std::string &image, const std::string &name, int device, int shared_bytes) {
   const Driver &cuda = driver();
   if (!cuda.missing.empty()) throw std::runtime_error(name + ": no CUDA driver: " + cuda.missing);
   int handle;
@@ -85,6 +87,9 @@ Kernel *load_kernel(const std::string &image, const std::string &name, int devic
   const Current current(context, name);
   check(cuda.ModuleLoadData(&module, image.c_str()), name, "cuModuleLoadData");
   check(cuda.ModuleGetFunction(&function, module, name.c_str()), name, "cuModuleGetFunction");
+  constexpr int limit = 48 << 10, max_dynamic_shared_size_bytes = 8;  // what needs no leave; CUfunction_attribute
+  if (shared_bytes > limit)
+    check(cuda.FuncSetAttribute(function, max_dynamic_shared_size_bytes, shared_bytes), name, "cuFuncSetAttribute");
   return new Kernel{name, context, function};
 }
 

@@ -9,8 +9,9 @@ struct Kernel {
   void *context, *function;
 };
 
-// image: a cubin or PTX; device: the driver's ordinal, which follows CUDA_VISIBLE_DEVICES as torch's does.
-Kernel *load_kernel(const std::string &image, const std::string &name, int device);
+// image: a cubin or PTX; device: the driver's ordinal, which follows CUDA_VISIBLE_DEVICES as torch's does;
+// shared_bytes: the most dynamic shared memory it is going to be launched with.
+Kernel *load_kernel(const std::string &image, const std::string &name, int device, int shared_bytes);
 
 struct Grid {
   unsigned x, y, threads, shared_bytes;

@@ -1,8 +1,20 @@
 """What holds for every test: nothing that was tuned on this machine; and for kernels under Triton's interpreter."""
+import ctypes
+import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from kernel_checks import INTERPRETED
+
+from vitprune import native
+from vitprune.ops import registry
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -34,3 +46,55 @@ def poison():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def cuda_library(tmp_path_factory):
+    """(operator, architecture) -> its CUDA kernels as a library that the CPU runs (tests/emulator.cpp), under a driver of ours."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or torch.cuda.is_available():
+        pytest.skip("no C++ compiler" if compiler is None else "a GPU is here: the real driver is loaded")
+    folder = tmp_path_factory.mktemp("emulated")
+    common = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
+    driver = folder / "libcuda.so.1"
+    subprocess.run([*common, "-Wl,-soname,libcuda.so.1", "-o", driver, ROOT / "tests/fake_driver.cpp", "-ldl"], check=True)
+    ctypes.CDLL(driver, mode=ctypes.RTLD_GLOBAL)
+
+    @functools.cache
+    def library(op: str, arch: int) -> Path:
+        source = ROOT / f"csrc/cuda/{op}.cu"
+        params, = set(re.findall(r"extern \"C\" __global__ void (?:__launch_bounds__\([^)]*\) )?\w+\(const (\w+)", source.read_text()))
+        checks = ["-fsanitize=alignment,signed-integer-overflow,bounds", "-fsanitize-undefined-trap-on-error"]
+        path = folder / f"{op}.{arch}.so"
+        subprocess.run([*common, *checks, f"-D__CUDA_ARCH__={arch}0", f"-DPARAMS={params}", f'-DKERNEL="{source}"', "-I", ROOT / "csrc",
+                        "-o", path, ROOT / "tests/emulator.cpp"], check=True)
+        return path
+    return library
+
+
+@pytest.fixture
+def emulate(cuda_library, monkeypatch):
+    """emulate(arch): from now on the CUDA backends serve CPU tensors, with the code of that architecture."""
+    def start(arch: int) -> None:
+        @functools.cache
+        def kernel(op: str, name: str, shared: int):
+            return native._native.load_kernel(str(cuda_library(op, arch)).encode(), name, 0, shared)
+
+        def launch(op: str, name: str, grid, threads: int, params, device, *, shared: int = 0) -> None:
+            if grid[0] and grid[1]:
+                native._native.launch(kernel(op, name, shared), *grid, threads, shared, 0, params)
+        monkeypatch.setattr(native, "launch", launch)
+        monkeypatch.setattr(native, "processors", lambda index: 4)
+        monkeypatch.setattr(native, "reason_cuda", lambda device, op: None)
+        monkeypatch.setattr(native, "capability", lambda device: divmod(arch, 10))
+        registry.reload()
+    yield start
+    monkeypatch.undo()
+    registry.reload()
+
+
+@pytest.fixture(autouse=True)
+def _emulated(request):
+    """What is marked as emulated runs the CUDA kernels on the CPU."""
+    if mark := request.node.get_closest_marker("emulated"):
+        request.getfixturevalue("emulate")(*mark.args)

@@ -12,6 +12,7 @@ import torch
 from kernel_checks import CPP
 
 from vitprune import native, nvrtc
+from vitprune.native import select_tokens as native_select_tokens
 from vitprune.ops import backend, policy_attention, select_tokens, short_attention
 
 needs_nvrtc = pytest.mark.skipif(nvrtc.library() is None, reason=nvrtc.MISSING)
@@ -26,21 +27,21 @@ def cache(tmp_path, monkeypatch):
 
 @needs_nvrtc
 def test_compiled_once_per_source_and_architecture(cache, monkeypatch):
-    image = nvrtc.compiled("select_tokens", (8, 6))
+    image = nvrtc.compiled("select_tokens", "sm_86")
     file, = cache.iterdir()
     assert file.read_bytes() == image
     assert file.name.startswith("select_tokens.sm_86.nvrtc")
-    nvrtc.compiled("select_tokens", (9, 0))
+    nvrtc.compiled("select_tokens", "sm_90")
     assert len(list(cache.iterdir())) == 2
     source, headers = nvrtc.sources("select_tokens")
     monkeypatch.setattr(nvrtc, "sources", lambda op: (source, headers | {"params.h": headers["params.h"] + "// x"}))
-    nvrtc.compiled("select_tokens", (9, 0))
+    nvrtc.compiled("select_tokens", "sm_90")
     assert len(list(cache.iterdir())) == 3
 
     def fail(*_):
         raise AssertionError("compiled again")
     monkeypatch.setattr(nvrtc, "build", fail)
-    nvrtc.compiled("select_tokens", (9, 0))
+    nvrtc.compiled("select_tokens", "sm_90")
 
 
 def test_reader_never_sees_half_a_file(cache):
@@ -76,7 +77,7 @@ def test_failed_write_leaves_the_old_file(cache, monkeypatch):
 @needs_nvrtc
 def test_cache_that_cannot_be_written(cache):
     cache.write_text("a file where the folder should be")
-    assert nvrtc.compiled("select_tokens", (8, 0))[:4] == b"\x7fELF"
+    assert nvrtc.compiled("select_tokens", "sm_80")[:4] == b"\x7fELF"
 
 
 @needs_nvrtc
@@ -128,9 +129,9 @@ def test_forced_backend_raises_its_reason():
 @pytest.mark.skipif(native.reason_cpp(torch.device("cpu")) is not None, reason="the C++ extension is not installed")
 def test_float8_rows_and_unknown_scores():
     x = torch.randn(2, 5, 16).to(torch.float8_e4m3fn)
-    tokens, _ = native.select_tokens_cpp(x, torch.arange(8.0).view(2, 4), 2, 1)
+    tokens, _ = native_select_tokens.cpp(x, torch.arange(8.0).view(2, 4), 2, 1)
     assert torch.equal(tokens.view(torch.uint8), x.view(torch.uint8)[:, [0, 3, 4]])
-    assert native.refuses_cpp(torch.device("cpu"), torch.float32, scores=torch.float8_e4m3fn) == \
+    assert native_select_tokens.refuses_cpp(torch.device("cpu"), torch.float32, scores=torch.float8_e4m3fn) == \
         "no kernel for scores of torch.float8_e4m3fn"
 
 

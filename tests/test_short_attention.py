@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from kernel_checks import ARCHS, CPP, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
 from oracles import attention, check_operator, within_twice
 
-from vitprune import native, ops
+from vitprune import ops
+from vitprune.native import short_attention as native
 from vitprune.ops.registry import choose
 
 BACKENDS = ["reference", "library"]
@@ -165,7 +166,7 @@ def test_triton(device, count):
 
 def cpp(tensors, case):
     qkv, _, cu_seqlens, most = tensors
-    return native.short_attention_cpp(qkv, case["H"], cu_seqlens, most or 0, case["scale"] or case["D"] ** -0.5)
+    return native.cpp(qkv, case["H"], cu_seqlens, most or 0, case["scale"] or case["D"] ** -0.5)
 
 
 def check_cpp(case):
@@ -195,7 +196,7 @@ def test_cpp_edges():
             torch.testing.assert_close(got.double(), ops.short_attention(qkv.double(), num_heads=H), rtol=1e-5, atol=1e-6)
     bad = torch.randn(3, 20, 96)
     bad[1, 7] = torch.nan
-    out = native.short_attention_cpp(bad, 2, None, 0, 0.25)
+    out = native.cpp(bad, 2, None, 0, 0.25)
     assert out[[0, 2]].isfinite().all() and out[1].isnan().any()
 
 
@@ -203,7 +204,7 @@ def test_cpp_edges():
 @pytest.mark.parametrize("ends, most", [([0, 5, 3], 9), ([0, 11], 11), ([-1, 4], 9), ([0, 4, 8], 3)])
 def test_cpp_refuses_rows_that_are_not_there(ends, most):
     with pytest.raises(ValueError, match="short_attention: cu_seqlens must ascend within 0..10 by at most max_seqlen="):
-        native.short_attention_cpp(torch.randn(10, 96), 2, torch.tensor(ends, dtype=torch.int32), most, 0.25)
+        native.cpp(torch.randn(10, 96), 2, torch.tensor(ends, dtype=torch.int32), most, 0.25)
 
 
 @CPP

@@ -69,9 +69,8 @@ def target(capability: tuple[int, int]) -> str:
     return f"compute_{older[-1]}"
 
 
-def compiled(op: str, capability: tuple[int, int]) -> bytes:
-    """The image of operator `op` for that compute capability, from the cache where it has been compiled before."""
-    arch = target(capability)
+def compiled(op: str, arch: str) -> bytes:
+    """The image of operator `op` for that `target`, from the cache where it has been compiled before."""
     source, headers = sources(op)
     text = repr((source, sorted(headers.items())))
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -107,7 +106,7 @@ def sources(op: str) -> tuple[str, dict[str, str]]:
     """The CUDA source of an operator and every header by name."""
     if SOURCES is None:
         raise RuntimeError(f"{op}: the CUDA sources are missing from this installation (vitprune/csrc)")
-    return (SOURCES / "cuda" / f"{op}.cu").read_text(), {p.name: p.read_text() for p in SOURCES.glob("*.h")}
+    return (SOURCES / "cuda" / f"{op}.cu").read_text(), {p.name: p.read_text() for folder in ("", "cuda") for p in (SOURCES / folder).glob("*.h")}
 
 
 def build(op: str, source: str, headers: dict[str, str], arch: str) -> bytes:

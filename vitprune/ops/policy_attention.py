@@ -5,7 +5,7 @@ Source: Rao et al., DynamicViT (2021), eq. 8-11, with the official code's eps.
 import torch
 from torch import Tensor
 
-from .. import native
+from ..native import policy_attention as native
 from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP = "policy_attention"
@@ -119,7 +119,7 @@ def _backward(dout, q, k, v, policy, out, m, z, scale: float, eps: float, backen
         from ..kernels import policy_attention as triton
         return triton.launch_backward(dout, q, k, v, policy, out, m, z, scale, eps)
     if backend == "cpp":
-        return native.policy_attention_backward_cpp(dout, q, k, v, policy, out, m, z, scale, eps)
+        return native.backward_cpp(dout, q, k, v, policy, out, m, z, scale, eps)
     e, pairs, _, _ = _weights(q, k, policy, scale, eps)
     dtype, zp = e.dtype, (z + eps)[..., None]
     a = (e * pairs + eps / q.shape[2]) / zp
@@ -179,5 +179,5 @@ define(OP + "_backward", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor pol
        macs=lambda dout, q, *_: 5 * q[0] * q[1] * q[2] ** 2 * q[3])
 gradient(OP, _gradient, _setup)
 # Nothing has been measured on a GPU yet: PyTorch's own calls come first there.
-serve(OP, Backend("cpp", native.policy_attention_cpp, refuses=native.refuses_policy_attention),
+serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
       Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))

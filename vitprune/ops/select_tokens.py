@@ -6,7 +6,7 @@ attention unchanged and makes ties and NaN well defined.
 import torch
 from torch import Tensor
 
-from .. import native
+from ..native import select_tokens as native
 from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP = "select_tokens"
@@ -94,7 +94,7 @@ define(OP + "_backward", "(Tensor dtokens, Tensor ids, int prefix, SymInt tokens
        lambda dtokens, ids, prefix, tokens: dtokens.new_empty(dtokens.shape[0], tokens, dtokens.shape[2]), macs=lambda *_: 0)
 
 # C++ is the fastest measured on CPUs; on a GPU nothing has been measured, so PyTorch's own calls come first.
-serve(OP, Backend("cpp", native.select_tokens_cpp, refuses=native.refuses_cpp),
+serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
       Backend("reference", reference, composite=True),
-      Backend("cuda", native.select_tokens_cuda, refuses=native.refuses_cuda),
+      Backend("cuda", native.cuda, refuses=native.refuses_cuda),
       Backend("triton", _triton, refuses=_triton_refuses))

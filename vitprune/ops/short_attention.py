@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import native
+from ..native import short_attention as native
 from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP = "short_attention"
@@ -186,6 +186,6 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
 
 
 # On a GPU nothing has been measured, so PyTorch's own calls come first.
-serve(OP, Backend("cpp", native.short_attention_cpp, refuses=native.refuses_short_attention),
+serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
       Backend("library", library, composite=True), Backend("reference", reference, composite=True),
       Backend("triton", _triton, refuses=_triton_refuses))

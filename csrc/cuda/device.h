@@ -1,0 +1,207 @@
+// What kernels share: half types, vectors, asynchronous copies, a warp's matrix products. No standard header: NVRTC has none.
+// Below compute capability 7.5 (8.0 for bf16), and for float, products run without tensor cores on the same fragments.
+#pragma once
+
+#ifdef __CUDA_ARCH__
+constexpr int ARCH = __CUDA_ARCH__;
+#else
+constexpr int ARCH = 0;
+#endif
+
+struct f16 {
+  unsigned short bits;
+};
+struct bf16 {
+  unsigned short bits;
+};
+
+#ifdef __CUDACC__
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define UNROLL _Pragma("unroll")
+#endif
+
+template <typename T, typename U>
+constexpr bool SAME = false;
+template <typename T>
+constexpr bool SAME<T, T> = true;
+
+template <typename T>
+constexpr bool HAS_MMA = false;
+template <>
+constexpr bool HAS_MMA<f16> = ARCH >= 750;
+template <>
+constexpr bool HAS_MMA<bf16> = ARCH >= 800;
+
+// Instructions; tests/emulator.cpp has them for a CPU.
+__device__ inline float bits_to_float(unsigned bits);
+__device__ inline unsigned float_to_bits(float x);
+__device__ inline float to_float(f16 x);
+__device__ inline void from_float(float x, f16 &y);
+__device__ inline float exp2_approximate(float x);
+
+// 16 bytes, both ends aligned to 16; zeros where `valid` is not. Complete after copies_wait and a barrier.
+__device__ inline void copy16(void *shared, const void *global, bool valid);
+__device__ inline void copies_commit();
+// Waits until at most `pending` of the groups committed last are under way.
+template <int pending>
+__device__ inline void copies_wait();
+
+// Four 8 x 8 matrices of 16-bit values; lane 8i + r gives the address of row r of matrix i (16 bytes, aligned). Thread (g, t) =
+// (lane / 4, lane % 4) receives elements (g, 2t) and (g, 2t + 1) of each, of its transpose where `transposed`.
+template <bool transposed>
+__device__ inline void load_matrices(unsigned (&r)[4], const void *row);
+
+// c [16, 8] += a [16, 16] b [16, 8], fragments as PTX lays out m16n8k16.
+__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, f16);
+__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bf16);
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return bits_to_float((unsigned)x.bits << 16); }
+__device__ inline void from_float(float x, float &y) { y = x; }
+__device__ inline void from_float(float x, bf16 &y) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+  const unsigned bits = float_to_bits(x);
+  y.bits = x != x ? 0x7fff : (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
+#endif
+}
+template <typename T>
+__device__ inline T rounded(float x) {
+  T y;
+  from_float(x, y);
+  return y;
+}
+// Two values side by side, the first in the low half.
+template <typename T>
+__device__ inline unsigned pack(float low, float high) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  unsigned both;
+  if constexpr (SAME<T, f16>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+#else
+  return (unsigned)rounded<T>(low).bits | (unsigned)rounded<T>(high).bits << 16;
+#endif
+}
+
+__device__ inline float warp_sum(float x) {
+  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
+  return x;
+}
+__device__ inline float warp_max(float x) {
+  for (int lane = 16; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
+  return x;
+}
+
+// A warp's product: c [16, 8 * TILES] += a [16, depth] b, everything but c in shared memory; depth a multiple of 16. Thread (g, t) =
+// (lane / 4, lane % 4) holds of c[i] elements (g, 8i + 2t), (g, 8i + 2t + 1), (g + 8, 8i + 2t), (g + 8, 8i + 2t + 1). Rows of a, and
+// of b as it lies in memory, are a_row and b_row elements apart, aligned to 16 bytes; with a_row, b_row = 8 modulo 64 no banks collide.
+// DEPTH_ROWS: b's rows are its depth [depth, 8 * TILES]; else its columns [8 * TILES, depth].
+template <int TILES, bool DEPTH_ROWS, typename T>
+__device__ inline void warp_product(float (&c)[TILES][4], const T *a, int a_row, const T *b, int b_row, int depth) {
+  static_assert(TILES % 2 == 0, "columns in steps of 16");
+  const int lane = threadIdx.x % 32;
+  if constexpr (HAS_MMA<T>) {
+    const T *left = a + lane % 16 * a_row + lane / 16 * 8;
+    const T *right = DEPTH_ROWS ? b + lane % 16 * b_row + lane / 16 * 8 : b + (lane % 8 + lane / 16 * 8) * b_row + lane / 8 % 2 * 8;
+    for (int k = 0; k < depth; k += 16) {
+      unsigned af[4], bf[4];
+      load_matrices<false>(af, left + k);
+      UNROLL for (int i = 0; i < TILES; i += 2) {
+        load_matrices<DEPTH_ROWS>(bf, right + (DEPTH_ROWS ? k * b_row + i * 8 : i * 8 * b_row + k));
+        mma(c[i], af, bf[0], bf[1], T{});
+        mma(c[i + 1], af, bf[2], bf[3], T{});
+      }
+    }
+  } else {
+    const int g = lane / 4, t = lane % 4 * 2;
+    for (int k = 0; k < depth; k++) {
+      const float low = to_float(a[g * a_row + k]), high = to_float(a[(g + 8) * a_row + k]);
+      UNROLL for (int i = 0; i < TILES; i++) {
+        const float first = to_float(b[DEPTH_ROWS ? k * b_row + i * 8 + t : (i * 8 + t) * b_row + k]);
+        const float second = to_float(b[DEPTH_ROWS ? k * b_row + i * 8 + t + 1 : (i * 8 + t + 1) * b_row + k]);
+        c[i][0] += low * first, c[i][1] += low * second, c[i][2] += high * first, c[i][3] += high * second;
+      }
+    }
+  }
+}
+
+#ifdef __CUDACC__
+__device__ inline float bits_to_float(unsigned bits) { return __uint_as_float(bits); }
+__device__ inline unsigned float_to_bits(float x) { return __float_as_uint(x); }
+
+__device__ inline float to_float(f16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+__device__ inline void from_float(float x, f16 &y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+__device__ inline float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline void copy16(void *shared, const void *global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((unsigned)__cvta_generic_to_shared(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+#else
+  *(uint4 *)shared = valid ? *(const uint4 *)global : make_uint4(0, 0, 0, 0);
+#endif
+}
+__device__ inline void copies_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int pending>
+__device__ inline void copies_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+template <bool transposed>
+__device__ inline void load_matrices(unsigned (&r)[4], const void *row) {
+#if __CUDA_ARCH__ >= 750
+  const unsigned address = (unsigned)__cvta_generic_to_shared(row);
+  if constexpr (transposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+#endif
+}
+
+__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, f16) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif __CUDA_ARCH__ >= 750  // the same in two steps of eight
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b0));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[2]), "r"(a[3]), "r"(b1));
+#endif
+}
+__device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bf16) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+}
+#endif

@@ -1,0 +1,67 @@
+"""Every CUDA source for every architecture, with nvcc and with NVRTC: no warning, no spill, tensor cores where they exist."""
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from kernel_checks import ARCHS
+
+from vitprune import nvrtc
+
+CSRC = Path(__file__).parents[1] / "csrc"
+OPERATORS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
+MATRIX = {"policy_attention", "short_attention", "sliced_linear", "sliced_mlp"} & set(OPERATORS)
+
+
+def usage(cubin: bytes, tmp_path) -> dict[str, dict[str, int]]:
+    """Resources of each kernel of a cubin; those that Triton's wheel brings a tool for."""
+    triton = pytest.importorskip("triton")
+    (tmp_path / "read.cubin").write_bytes(cubin)
+    text = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", tmp_path / "read.cubin"], capture_output=True,
+                          text=True, check=True).stdout
+    found = {}
+    for name, line in re.findall(r"Function (\w+):\s*\n\s*(REG:.*)", text):
+        found[name] = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line)}
+    return found
+
+
+def check(op: str, arch: int, cubin: bytes, tmp_path) -> None:
+    assert cubin[:4] == b"\x7fELF"
+    kernels = usage(cubin, tmp_path)
+    assert kernels
+    print(f"\n{op} sm_{arch}: " + ", ".join(f"{name} {u['REG']} registers, {u['SHARED']} B shared" for name, u in kernels.items()))
+    for name, used in kernels.items():
+        assert used["STACK"] + used["LOCAL"] == 0, f"{name} spills on sm_{arch}: {used}"
+    if op in MATRIX and arch >= 75:
+        triton = pytest.importorskip("triton")
+        sass = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-sass", tmp_path / "read.cubin"], capture_output=True, text=True,
+                              check=True).stdout
+        halves = [part for part in sass.split("Function : ")[1:] if "f16" in part.split()[0]]
+        halves = [part for part in halves if arch >= 80 or "bf16" not in part.split()[0]]
+        assert halves
+        for part in halves:
+            assert "HMMA" in part, f"{part.split()[0]} has no tensor-core instruction on sm_{arch}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_nvrtc(op, arch, tmp_path):
+    if nvrtc.library() is None:
+        pytest.skip(nvrtc.MISSING)
+    check(op, arch, nvrtc.build(op, *nvrtc.sources(op), f"sm_{arch}"), tmp_path)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("op", OPERATORS)
+def test_nvcc(op, arch, tmp_path):
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    if f"sm_{arch}" not in known:
+        pytest.skip(f"this nvcc does not know sm_{arch}")
+    cubin = tmp_path / f"{op}.cubin"
+    subprocess.run([nvcc, "-cubin", "-std=c++17", "-Werror", "all-warnings", f"-arch=sm_{arch}", "-I", CSRC, "-o", cubin,
+                    CSRC / "cuda" / f"{op}.cu"], check=True)
+    check(op, arch, cubin.read_bytes(), tmp_path)

@@ -1,0 +1,94 @@
+"""The compiled backends: the C++ extension `_native`, and CUDA kernels from shipped cubins or NVRTC."""
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+from .. import nvrtc
+
+try:
+    from .. import _native
+except ImportError as error:  # installed without a C++ compiler, or on a system the extension is not built for
+    _native, _missing = None, f"the C++ extension is not installed ({error}): reinstall where a C++ compiler is found"
+else:
+    _missing = None
+
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # ScoreType in csrc/params.h
+
+
+def reason_cpp(device: torch.device) -> str | None:
+    """Why the C++ backends cannot serve that device, or None."""
+    if device.type != "cpu":
+        return f"runs on the CPU, not on {device.type}"
+    return _missing
+
+
+def reason_cuda(device: torch.device, op: str) -> str | None:
+    """Why the CUDA C++ backend of operator `op` cannot serve that device, or None."""
+    if device.type != "cuda":
+        return f"runs on an NVIDIA GPU, not on {device.type}"
+    if torch.version.hip:
+        return "runs on an NVIDIA GPU; this torch is built for ROCm"
+    if _missing:
+        return _missing
+    if cubin_path(op, capability(device)) is None and nvrtc.library() is None:
+        return f"{nvrtc.MISSING}, and no cubin was built for this card when installed"
+    return None
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability whose code runs there: the card's, or VITPRUNE_CUDA_ARCH's (61, 75, ...), compiled to PTX on a newer card."""
+    older = os.environ.get("VITPRUNE_CUDA_ARCH")
+    return divmod(int(older), 10) if older else torch.cuda.get_device_capability(device)
+
+
+def driver_version() -> int:
+    """The newest CUDA that the installed driver supports, 13020 for 13.2; 0 where that is not known."""
+    return _native.driver_version() if _native else 0
+
+
+def cubins() -> dict[str, list[str]]:
+    """Architectures of the cubins that came with the install, by operator."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(_cubin_folder().glob("*.cubin")) if _native else ():
+        op, arch, _ = path.name.rsplit(".", 2)
+        found.setdefault(op, []).append(arch)
+    return found
+
+
+def cubin_path(op: str, capability: tuple[int, int]) -> Path | None:
+    """The shipped cubin that a card of that compute capability runs: same major, the highest minor up to its own."""
+    major, minor = capability
+    candidates = (_cubin_folder() / f"{op}.sm{major}{m}.cubin" for m in range(minor, -1, -1)) if _native else ()
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _cubin_folder() -> Path:  # beside the extension: an editable install keeps both away from the sources
+    return Path(_native.__file__).parent / "cubins"
+
+
+@functools.cache
+def kernel(op: str, name: str, index: int, shared: int = 0):
+    """Kernel `name` of csrc/cuda/`op`.cu, loaded on CUDA device `index` and allowed `shared` bytes of dynamic shared memory.
+
+    Raises RuntimeError naming the kernel and what failed.
+    """
+    if older := os.environ.get("VITPRUNE_CUDA_ARCH"):
+        return _native.load_kernel(nvrtc.compiled(op, f"compute_{older}"), name, index, shared)
+    path = cubin_path(op, capability(index))
+    image = path.read_bytes() if path else nvrtc.compiled(op, nvrtc.target(capability(index)))
+    return _native.load_kernel(image, name, index, shared)
+
+
+@functools.cache
+def processors(index: int) -> int:
+    """Multiprocessors of CUDA device `index`."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def launch(op: str, name: str, grid: tuple[int, int], threads: int, params, device: torch.device, *, shared: int = 0) -> None:
+    """One launch of kernel `name` of csrc/cuda/`op`.cu on the device's current stream; nothing where the grid is empty."""
+    if grid[0] and grid[1]:
+        stream = torch.cuda.current_stream(device).cuda_stream
+        _native.launch(kernel(op, name, device.index, shared), *grid, threads, shared, stream, params)
