@@ -63,7 +63,7 @@ def cuda_library(tmp_path_factory):
     @functools.cache
     def library(op: str, arch: int) -> Path:
         source = ROOT / f"csrc/cuda/{op}.cu"
-        params, = set(re.findall(r"extern \"C\" __global__ void (?:__launch_bounds__\([^)]*\) )?\w+\(const (\w+)", source.read_text()))
+        params, = set(re.findall(r"\(const (\w+Params) p\)", source.read_text()))
         checks = ["-fsanitize=alignment,signed-integer-overflow,bounds", "-fsanitize-undefined-trap-on-error"]
         path = folder / f"{op}.{arch}.so"
         subprocess.run([*common, *checks, f"-D__CUDA_ARCH__={arch}0", f"-DPARAMS={params}", f'-DKERNEL="{source}"', "-I", ROOT / "csrc",

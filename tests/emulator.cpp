@@ -128,7 +128,7 @@ using std::erf, std::exp, std::exp2, std::fabs, std::fmax, std::fmin, std::sqrt;
 #define __restrict__
 #define __launch_bounds__(...)
 #define __shared__ static
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define UNROLL
 #define DYNAMIC_SHARED(name) unsigned char *const name = dynamic_shared
 

@@ -21,19 +21,15 @@ ARCHS = (75, 80, 86, 89, 90, 100, 120)
 SHARED = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may have
 
 
-def kernels(*names: str, cuda: bool = False, **cpu) -> list:
-    """Parameters (backend, device): those backends on every device that runs them here, and the CPU's own, each with its mark.
-
-    cuda: the backend in CUDA C++ too, on a GPU, and emulated on the CPU as on three generations of cards.
-    """
-    on_gpu = DEVICES[1].marks
+def kernels(*names: str, **cpu) -> list:
+    """Parameters (backend, device): those backends on every device that runs them here, and the CPU's own, each with its mark."""
     return [pytest.param(name, *device.values, marks=device.marks) for name in names for device in DEVICES] + \
-        [pytest.param(name, "cpu", marks=mark) for name, mark in cpu.items()] + \
-        ([pytest.param("cuda", "cuda", marks=on_gpu), *EMULATED] if cuda else [])
+        [pytest.param(name, "cpu", marks=mark) for name, mark in cpu.items()]
 
 
-# The code of cards without tensor cores, with those of Turing, and with those of Ampere.
-EMULATED = [pytest.param("cuda", "cpu", marks=[CPP, pytest.mark.emulated(arch)], id=f"cuda-emulated-{arch}") for arch in (61, 75, 80)]
+# Parameters (backend, device) of CUDA C++: on a GPU; and emulated as cards without tensor cores, with Turing's, and with Ampere's.
+CUDA = [pytest.param("cuda", "cuda", marks=DEVICES[1].marks),
+        *(pytest.param("cuda", "cpu", marks=[CPP, pytest.mark.emulated(arch)], id=f"emulated-{arch}") for arch in (61, 75, 80))]
 
 
 def explore(check, small, real, count: int, describe) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, CPP, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
+from kernel_checks import ARCHS, CPP, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
 from oracles import attention, check_operator, within_twice
 
 from vitprune import ops
@@ -182,6 +182,50 @@ def check_cpp(case):
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
 def test_cpp(count):
     explore(check_cpp, cases(False), cases(True), count, describe)
+
+
+def native_cuda(tensors, case):
+    qkv, _, cu_seqlens, most = tensors
+    with torch.no_grad(), ops.backend("cuda"):
+        return ops.short_attention(qkv, num_heads=case["H"], cu_seqlens=cu_seqlens, max_seqlen=most, scale=case["scale"])
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name, device", CUDA)
+def test_cuda(name, device, count):
+    def check(case):
+        tensors = tensors_of(case, device)
+        truth = run("reference", tensors, case, torch.Tensor.double)[0]
+        got, plain = native_cuda(tensors, case), run("reference", tensors, case)[0]
+        assert got.dtype == plain.dtype and got.shape == plain.shape
+        within_twice(got, plain, truth)
+    explore(check, cases(False), cases(True), count, describe)
+
+
+@pytest.mark.parametrize("name, device", CUDA)
+def test_cuda_edges(name, device):
+    torch.manual_seed(0)
+    for B, N, H, D in [(0, 5, 2, 16), (2, 0, 2, 16), (1, 1, 1, 16), (33, 1, 1, 16), (2, 15, 1, 16), (1, 16, 2, 48), (1, 17, 1, 32),
+                       (1, 63, 1, 80), (1, 64, 1, 64), (1, 65, 1, 128), (1, 257, 1, 16)]:
+        for dtype in (torch.float32, torch.float16):
+            qkv = torch.randn(B, N, 3 * H * D, device=device).to(dtype)
+            case = {"H": H, "D": D, "scale": None}
+            torch.testing.assert_close(native_cuda((qkv, None, None, None), case).double(),
+                                       run("reference", (qkv, qkv[..., :H * D], None, None), case, torch.Tensor.double)[0],
+                                       rtol=1e-4 if dtype == torch.float32 else 4e-3, atol=1e-5 if dtype == torch.float32 else 2e-3)
+    bad = torch.randn(3, 20, 96, device=device)
+    bad[1, 7] = torch.nan
+    out = native_cuda((bad, None, None, None), {"H": 2, "scale": None})
+    assert out[[0, 2]].isfinite().all() and out[1].isnan().all()
+    for ends in ([0, 20, 99, 60], [-5, 20, 40, 60], [0, 61, 62, 63], [40, 20, 0, 7]):  # rows that are not there are not read or written
+        native_cuda((bad.flatten(0, 1), None, torch.tensor(ends, dtype=torch.int32, device=device), 20), {"H": 2, "scale": None})
+    ends = torch.tensor([0, 20, 20, 35, 40], dtype=torch.int32, device=device)
+    rows = native_cuda((bad.flatten(0, 1), None, ends, 20), {"H": 2, "scale": None})
+    assert torch.equal(rows[:20], out[0]) and rows[20:35].isnan().all() and rows[35:40].isfinite().all() and not rows[40:].any()
+    with ops.backend("cuda"), pytest.raises(RuntimeError, match="forward only"):
+        ops.short_attention(bad.requires_grad_(), num_heads=2)
+    with ops.backend("cuda"), torch.no_grad(), pytest.raises(RuntimeError, match="not a multiple of 16"):
+        ops.short_attention(bad, num_heads=4)
 
 
 @CPP

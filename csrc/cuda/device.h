@@ -55,6 +55,8 @@ __device__ inline void load_matrices(unsigned (&r)[4], const void *row);
 __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, f16);
 __device__ inline void mma(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, bf16);
 
+__device__ inline float infinity() { return bits_to_float(0x7f800000u); }
+
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(bf16 x) { return bits_to_float((unsigned)x.bits << 16); }
 __device__ inline void from_float(float x, float &y) { y = x; }
@@ -85,6 +87,24 @@ __device__ inline unsigned pack(float low, float high) {
 #else
   return (unsigned)rounded<T>(low).bits | (unsigned)rounded<T>(high).bits << 16;
 #endif
+}
+
+// n values side by side, aligned to all of them, in one load.
+template <int n, typename T>
+__device__ inline void load_values(float (&to)[n], const T *from) {
+  struct __align__(n * sizeof(T)) Values {
+    T value[n];
+  };
+  const Values values = *(const Values *)from;
+  UNROLL for (int i = 0; i < n; i++) to[i] = to_float(values.value[i]);
+}
+// Two values side by side, aligned to both.
+template <typename T>
+__device__ inline void store_pair(T *to, float first, float second) {
+  if constexpr (SAME<T, float>)
+    *(float2 *)to = make_float2(first, second);
+  else
+    *(unsigned *)to = pack<T>(first, second);
 }
 
 __device__ inline float warp_sum(float x) {
@@ -118,14 +138,53 @@ __device__ inline void warp_product(float (&c)[TILES][4], const T *a, int a_row,
     }
   } else {
     const int g = lane / 4, t = lane % 4 * 2;
-    for (int k = 0; k < depth; k++) {
-      const float low = to_float(a[g * a_row + k]), high = to_float(a[(g + 8) * a_row + k]);
+    constexpr int STEP = DEPTH_ROWS ? 2 : 4;
+    for (int k = 0; k < depth; k += STEP) {
+      float low[STEP], high[STEP];
+      load_values(low, a + g * a_row + k);
+      load_values(high, a + (g + 8) * a_row + k);
       UNROLL for (int i = 0; i < TILES; i++) {
-        const float first = to_float(b[DEPTH_ROWS ? k * b_row + i * 8 + t : (i * 8 + t) * b_row + k]);
-        const float second = to_float(b[DEPTH_ROWS ? k * b_row + i * 8 + t + 1 : (i * 8 + t + 1) * b_row + k]);
-        c[i][0] += low * first, c[i][1] += low * second, c[i][2] += high * first, c[i][3] += high * second;
+        float b0[STEP], b1[STEP];  // two rows of b as it lies in memory
+        load_values(b0, DEPTH_ROWS ? b + k * b_row + i * 8 + t : b + (i * 8 + t) * b_row + k);
+        load_values(b1, DEPTH_ROWS ? b + (k + 1) * b_row + i * 8 + t : b + (i * 8 + t + 1) * b_row + k);
+        if constexpr (DEPTH_ROWS) {
+          c[i][0] += low[0] * b0[0] + low[1] * b1[0], c[i][1] += low[0] * b0[1] + low[1] * b1[1];
+          c[i][2] += high[0] * b0[0] + high[1] * b1[0], c[i][3] += high[0] * b0[1] + high[1] * b1[1];
+        } else {
+          UNROLL for (int j = 0; j < STEP; j++) {
+            c[i][0] += low[j] * b0[j], c[i][1] += low[j] * b1[j];
+            c[i][2] += high[j] * b0[j], c[i][3] += high[j] * b1[j];
+          }
+        }
       }
     }
+  }
+}
+
+// o [16, 8 * TILES] += w v for 16 rows of v [16, 8 * TILES] in shared memory, where thread (g, t) holds w as it would c of 16 columns.
+template <int TILES, typename T>
+__device__ inline void add_weighted(float (&o)[TILES][4], const float (&w)[2][4], const T *v, int v_row) {
+  const int lane = threadIdx.x % 32;
+  if constexpr (HAS_MMA<T>) {  // w lies as the left side of the next product wants it
+    const unsigned a[4] = {pack<T>(w[0][0], w[0][1]), pack<T>(w[0][2], w[0][3]), pack<T>(w[1][0], w[1][1]), pack<T>(w[1][2], w[1][3])};
+    UNROLL for (int i = 0; i < TILES; i += 2) {
+      unsigned b[4];
+      load_matrices<true>(b, v + lane % 16 * v_row + lane / 16 * 8 + i * 8);
+      mma(o[i], a, b[0], b[1], T{});
+      mma(o[i + 1], a, b[2], b[3], T{});
+    }
+  } else {
+    UNROLL for (int j = 0; j < 2; j++) UNROLL for (int e = 0; e < 2; e++)
+      for (int from = 0; from < 4; from++) {
+        const float low = __shfl_sync(0xffffffffu, w[j][e], lane / 4 * 4 + from);
+        const float high = __shfl_sync(0xffffffffu, w[j][e + 2], lane / 4 * 4 + from);
+        const T *row = v + (j * 8 + from * 2 + e) * v_row + lane % 4 * 2;
+        UNROLL for (int i = 0; i < TILES; i++) {
+          float x[2];
+          load_values(x, row + i * 8);
+          o[i][0] += low * x[0], o[i][1] += low * x[1], o[i][2] += high * x[0], o[i][3] += high * x[1];
+        }
+      }
   }
 }
 

@@ -16,6 +16,8 @@ else:
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # ScoreType in csrc/params.h
 
+KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}  # in the names of CUDA kernels
+
 
 def reason_cpp(device: torch.device) -> str | None:
     """Why the C++ backends cannot serve that device, or None."""

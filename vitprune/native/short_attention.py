@@ -1,9 +1,9 @@
-"""`vitprune.ops.short_attention` in C++."""
+"""`vitprune.ops.short_attention` in C++ and CUDA C++."""
 import torch
 from torch import Tensor
 
 from .. import native
-from . import _native
+from . import KINDS, _native
 
 
 def refuses_cpp(device: torch.device, dtype: torch.dtype, *, grad: bool = False, packed: bool = False, small: bool = False,
@@ -38,4 +38,36 @@ def cpp(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int,
     params = _native.ShortAttentionParams(qkv.data_ptr(), out.data_ptr(), 0 if cu_seqlens is None else cu_seqlens.data_ptr(),
                                           (B, num_heads, N, D, rows), qkv.stride(-2), scale, qkv.dtype == torch.bfloat16)
     _native.short_attention_cpu(params, torch.get_num_threads())
+    return out
+
+
+def refuses_cuda(device: torch.device, dtype: torch.dtype, *, grad: bool = False, fits: bool = True, **_) -> str | None:
+    """Why `cuda` cannot serve, or None. dtype: of qkv; fits: whether a head's width is a multiple of 16 up to 128."""
+    if reason := native.reason_cuda(device, "short_attention"):
+        return reason
+    if dtype not in KINDS:
+        return f"no kernel for {dtype}"
+    if grad:
+        return "forward only"
+    return None if fits else "a head's width is not a multiple of 16 in 16..128"
+
+
+def cuda(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
+    """In one launch; cu_seqlens is not read back, and bounded by the kernel to the rows of qkv."""
+    out = torch.empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=qkv.dtype, device=qkv.device)
+    rows, D = out.numel() // max(out.shape[-1], 1), out.shape[-1] // num_heads
+    B, N = qkv.shape[:2] if cu_seqlens is None else (cu_seqlens.shape[0] - 1, max_seqlen)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()
+        if B * N == 0:
+            return out.zero_()
+    strays = qkv.stride(-1) != 1 or (cu_seqlens is None and qkv.stride(0) != N * qkv.stride(1))
+    if strays or qkv.data_ptr() % 16 or qkv.stride(-2) * qkv.element_size() % 16:  # rows are read 16 bytes at a time
+        qkv = qkv.clone(memory_format=torch.contiguous_format)
+    width = next(w for w in (32, 64, 128) if D <= w)
+    warps = 2 if width * qkv.element_size() > 256 else 4  # as in csrc/cuda/short_attention.cu
+    params = _native.ShortAttentionParams(qkv.data_ptr(), out.data_ptr(), 0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+                                          (B, num_heads, N, D, rows), qkv.stride(-2), scale, qkv.dtype == torch.bfloat16)
+    native.launch("short_attention", f"short_attention_{KINDS[qkv.dtype]}_{width}", (B * num_heads * -(-N // (16 * warps)), 1),
+                  32 * warps, params, qkv.device)
     return out

@@ -188,4 +188,4 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
 # On a GPU nothing has been measured, so PyTorch's own calls come first.
 serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
       Backend("library", library, composite=True), Backend("reference", reference, composite=True),
-      Backend("triton", _triton, refuses=_triton_refuses))
+      Backend("triton", _triton, refuses=_triton_refuses), Backend("cuda", native.cuda, refuses=native.refuses_cuda))
