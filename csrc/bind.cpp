@@ -60,6 +60,21 @@ ShortAttentionParams short_attention_params(Address qkv, Address out, Address cu
   return p;
 }
 
+SlicedProductParams sliced_product_params(py::tuple addresses, py::tuple strides, py::tuple sizes, int width, int shift, py::tuple live,
+                                          int epilogue) {
+  SlicedProductParams p{};
+  int i = 0;
+  auto next = [&] { return pointer<void>(addresses[i++].cast<Address>()); };
+  p.a = next(), p.b = next(), p.c = next(), p.bias = next(), p.other = next(), p.live = static_cast<int *>(next());
+  i = 0;
+  for (auto *stride : {&p.a_row, &p.b_row, &p.c_row, &p.c_column, &p.other_row, &p.other_column}) *stride = strides[i++].cast<long long>();
+  p.M = sizes[0].cast<int>(), p.N = sizes[1].cast<int>(), p.K = sizes[2].cast<int>();
+  p.width = width, p.shift = shift, p.epilogue = epilogue;
+  i = 0;
+  for (auto *flag : {&p.live_rows, &p.live_columns, &p.full_columns, &p.live_depth}) *flag = live[i++].cast<int>();
+  return p;
+}
+
 // An operator's struct, and its launch by value.
 template <typename Params, typename Make>
 void bind(py::module_ &m, const char *name, Make make) {
@@ -84,5 +99,6 @@ PYBIND11_MODULE(_native, m) {
   bind<PolicyAttentionParams>(m, "PolicyAttentionParams", &policy_attention_params);
   m.def("policy_attention_cpu", &policy_attention_cpu, py::call_guard<py::gil_scoped_release>());
   bind<ShortAttentionParams>(m, "ShortAttentionParams", &short_attention_params);
+  bind<SlicedProductParams>(m, "SlicedProductParams", &sliced_product_params);
   m.def("short_attention_cpu", &short_attention_cpu, py::call_guard<py::gil_scoped_release>());
 }

@@ -41,3 +41,18 @@ struct ShortAttentionParams {
   int bfloat16;  // 1: of qkv and out; 0: float32
   int B, H, N, D;  // N: of the longest sequence
 };
+
+// c = epilogue(a b + bias): numbered among the live units in what is compact, among all in what is full.
+struct SlicedProductParams {
+  const void *a;      // [M, K], depth side by side
+  const void *b;      // [K, N], columns or depth side by side: that is the kernel's choice
+  void *c;            // [M, N]
+  const void *bias;   // as b's columns, or null
+  void *other;        // [M, N], or null: added, or the GELU's input for its gradient, which its output replaces
+  const int *live;    // [L], ids of blocks of `width` units
+  long long a_row, b_row, c_row, c_column, other_row, other_column;  // in elements; b_row: from row to row as it lies in memory
+  int M, N, K;
+  int width, shift;   // of a block; its logarithm, or -1
+  int live_rows, live_columns, full_columns, live_depth;  // full: c's rows, b's columns, c's columns, b's depth
+  int epilogue;       // 0: other is added; 1: and then the GELU; 2: times the GELU's derivative at `other`
+};

@@ -146,7 +146,7 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor, width: int, config: dict, *, live_rows: bool = False, live_columns: bool = False,
+def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor, width: int, *, config: dict, live_rows: bool = False, live_columns: bool = False,
             full_columns: bool = False, live_depth: bool = False, bias: Tensor | None = None, other: Tensor | None = None,
             epilogue: str = "") -> Tensor:
     """c = epilogue(a b + bias) (+ other), where c, b or both hold all units and `live` names the blocks that take part.

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
+from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
 from oracles import check_operator, within_twice_unless_lucky
 
-from vitprune import ops
+from vitprune import native, ops
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -93,14 +93,12 @@ def run(name, tensors, live, up, case, cast=lambda t: t):
     return y.detach(), *torch.autograd.grad(y, wanted, cast(up))
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
-@pytest.mark.parametrize("device", DEVICES)
-def test_triton(device, count):
+def explored(name, device, count):
     lucky = []
 
     def check(case):
         tensors, live, up = tensors_of(case, device)
-        got, plain = (run(name, tensors, live, up, case) for name in ("triton", "reference"))
+        got, plain = (run(name, tensors, live, up, case) for name in (name, "reference"))
         for a, b, c in zip(got, plain, run("reference", tensors, live, up, case, torch.Tensor.double), strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape
             lucky.append(within_twice_unless_lucky(a, b, c))
@@ -108,6 +106,32 @@ def test_triton(device, count):
         assert not got[2].index_select(0 if case["side"] == "out" else 1, torch.tensor(units, device=device, dtype=torch.long)).any()
     explore(check, cases(False), cases(True), count, describe)
     assert sum(lucky) <= 3 * len(lucky) // 100
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton(device, count):
+    explored("triton", device, count)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name, device", CUDA)
+def test_cuda(name, device, count):
+    explored(name, device, count)
+
+
+@pytest.mark.parametrize("name, device", CUDA)
+def test_cuda_large_tiles(name, device, monkeypatch):
+    """Where tensor cores have enough tiles for every multiprocessor these are large; edges in rows, columns and depth."""
+    monkeypatch.setattr(native, "processors", lambda index: 2)
+    for dtype in (torch.float16, torch.bfloat16):
+        for side in ("out", "in"):
+            case = {"shape": (1, 150), "other": 136, "width": 48, "blocks": 5, "live": [4, 0, 2], "side": side, "bias": True,
+                    "dtype": dtype, "seed": 1}
+            tensors, live, up = tensors_of(case, device)
+            truth = run("reference", tensors, live, up, case, torch.Tensor.double)
+            for a, b, c in zip(run(name, tensors, live, up, case), run("reference", tensors, live, up, case), truth, strict=True):
+                within_twice_unless_lucky(a, b, c)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
+from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
 from oracles import check_operator, gelu, within_twice_unless_lucky
 
 from vitprune import ops
@@ -81,14 +81,12 @@ def run(name, tensors, live, up, width, cast=lambda t: t):
     return y.detach(), *torch.autograd.grad(y, [t for t in leaves if t is not None], cast(up), materialize_grads=True)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
-@pytest.mark.parametrize("device", DEVICES)
-def test_triton(device, count):
+def explored(name, device, count):
     lucky = []
 
     def check(case):
         tensors, live, up = tensors_of(case, device)
-        got, plain = (run(name, tensors, live, up, case["width"]) for name in ("triton", "reference"))
+        got, plain = (run(name, tensors, live, up, case["width"]) for name in (name, "reference"))
         for a, b, c in zip(got, plain, run("reference", tensors, live, up, case["width"], torch.Tensor.double), strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape
             lucky.append(within_twice_unless_lucky(a, b, c))
@@ -97,6 +95,18 @@ def test_triton(device, count):
         assert not got[2].index_select(0, dead).any() and not got[4 if case["b1"] else 3].index_select(1, dead).any()
     explore(check, cases(False), cases(True), count, describe)
     assert sum(lucky) <= 3 * len(lucky) // 100
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton(device, count):
+    explored("triton", device, count)
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name, device", CUDA)
+def test_cuda(name, device, count):
+    explored(name, device, count)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -106,7 +106,8 @@ def sources(op: str) -> tuple[str, dict[str, str]]:
     """The CUDA source of an operator and every header by name."""
     if SOURCES is None:
         raise RuntimeError(f"{op}: the CUDA sources are missing from this installation (vitprune/csrc)")
-    return (SOURCES / "cuda" / f"{op}.cu").read_text(), {p.name: p.read_text() for folder in ("", "cuda") for p in (SOURCES / folder).glob("*.h")}
+    headers = (path for folder in (SOURCES, SOURCES / "cuda") for path in folder.glob("*.h"))
+    return (SOURCES / "cuda" / f"{op}.cu").read_text(), {path.name: path.read_text() for path in headers}
 
 
 def build(op: str, source: str, headers: dict[str, str], arch: str) -> bytes:

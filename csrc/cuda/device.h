@@ -116,49 +116,50 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
-// A warp's product: c [16, 8 * TILES] += a [16, depth] b, everything but c in shared memory; depth a multiple of 16. Thread (g, t) =
-// (lane / 4, lane % 4) holds of c[i] elements (g, 8i + 2t), (g, 8i + 2t + 1), (g + 8, 8i + 2t), (g + 8, 8i + 2t + 1). Rows of a, and
-// of b as it lies in memory, are a_row and b_row elements apart, aligned to 16 bytes; with a_row, b_row = 8 modulo 64 no banks collide.
-// DEPTH_ROWS: b's rows are its depth [depth, 8 * TILES]; else its columns [8 * TILES, depth].
-template <int TILES, bool DEPTH_ROWS, typename T>
-__device__ inline void warp_product(float (&c)[TILES][4], const T *a, int a_row, const T *b, int b_row, int depth) {
-  static_assert(TILES % 2 == 0, "columns in steps of 16");
+// A warp's product: c [16 * HIGH, 8 * WIDE] += a [16 * HIGH, depth] b, everything but c in shared memory; depth a multiple of 16, of 4
+// without tensor cores. Thread (g, t) = (lane / 4, lane % 4) holds of each c[h][i] elements (g, 2t), (g, 2t + 1), (g + 8, 2t) and
+// (g + 8, 2t + 1). Rows of a, and of b as it lies in memory, are a_row and b_row elements apart, aligned to 16 bytes; no banks collide
+// where these are 16 bytes more than a multiple of 32. DEPTH_ROWS: b's rows are its depth [depth, 8 * WIDE]; else its columns.
+template <bool DEPTH_ROWS, int HIGH, int WIDE, typename T>
+__device__ inline void warp_product(float (&c)[HIGH][WIDE][4], const T *a, int a_row, const T *b, int b_row, int depth) {
+  static_assert(WIDE % 2 == 0, "columns in steps of 16");
   const int lane = threadIdx.x % 32;
   if constexpr (HAS_MMA<T>) {
     const T *left = a + lane % 16 * a_row + lane / 16 * 8;
     const T *right = DEPTH_ROWS ? b + lane % 16 * b_row + lane / 16 * 8 : b + (lane % 8 + lane / 16 * 8) * b_row + lane / 8 % 2 * 8;
     for (int k = 0; k < depth; k += 16) {
-      unsigned af[4], bf[4];
-      load_matrices<false>(af, left + k);
-      UNROLL for (int i = 0; i < TILES; i += 2) {
+      unsigned af[HIGH][4], bf[4];
+      UNROLL for (int h = 0; h < HIGH; h++) load_matrices<false>(af[h], left + h * 16 * a_row + k);
+      UNROLL for (int i = 0; i < WIDE; i += 2) {
         load_matrices<DEPTH_ROWS>(bf, right + (DEPTH_ROWS ? k * b_row + i * 8 : i * 8 * b_row + k));
-        mma(c[i], af, bf[0], bf[1], T{});
-        mma(c[i + 1], af, bf[2], bf[3], T{});
+        UNROLL for (int h = 0; h < HIGH; h++) {
+          mma(c[h][i], af[h], bf[0], bf[1], T{});
+          mma(c[h][i + 1], af[h], bf[2], bf[3], T{});
+        }
       }
     }
   } else {
     const int g = lane / 4, t = lane % 4 * 2;
     constexpr int STEP = DEPTH_ROWS ? 2 : 4;
     for (int k = 0; k < depth; k += STEP) {
-      float low[STEP], high[STEP];
-      load_values(low, a + g * a_row + k);
-      load_values(high, a + (g + 8) * a_row + k);
-      UNROLL for (int i = 0; i < TILES; i++) {
+      float left[HIGH][2][STEP];
+      UNROLL for (int h = 0; h < HIGH; h++) UNROLL for (int r = 0; r < 2; r++)
+        load_values(left[h][r], a + (h * 16 + r * 8 + g) * a_row + k);
+      UNROLL for (int i = 0; i < WIDE; i++) {
         float b0[STEP], b1[STEP];  // two rows of b as it lies in memory
         load_values(b0, DEPTH_ROWS ? b + k * b_row + i * 8 + t : b + (i * 8 + t) * b_row + k);
         load_values(b1, DEPTH_ROWS ? b + (k + 1) * b_row + i * 8 + t : b + (i * 8 + t + 1) * b_row + k);
-        if constexpr (DEPTH_ROWS) {
-          c[i][0] += low[0] * b0[0] + low[1] * b1[0], c[i][1] += low[0] * b0[1] + low[1] * b1[1];
-          c[i][2] += high[0] * b0[0] + high[1] * b1[0], c[i][3] += high[0] * b0[1] + high[1] * b1[1];
-        } else {
-          UNROLL for (int j = 0; j < STEP; j++) {
-            c[i][0] += low[j] * b0[j], c[i][1] += low[j] * b1[j];
-            c[i][2] += high[j] * b0[j], c[i][3] += high[j] * b1[j];
-          }
+        UNROLL for (int h = 0; h < HIGH; h++) UNROLL for (int r = 0; r < 2; r++) UNROLL for (int j = 0; j < STEP; j++) {
+          c[h][i][2 * r] += left[h][r][j] * (DEPTH_ROWS ? (j ? b1[0] : b0[0]) : b0[j]);
+          c[h][i][2 * r + 1] += left[h][r][j] * (DEPTH_ROWS ? (j ? b1[1] : b0[1]) : b1[j]);
         }
       }
     }
   }
+}
+template <bool DEPTH_ROWS, int WIDE, typename T>
+__device__ inline void warp_product(float (&c)[WIDE][4], const T *a, int a_row, const T *b, int b_row, int depth) {
+  warp_product<DEPTH_ROWS>((float (&)[1][WIDE][4])c, a, a_row, b, b_row, depth);
 }
 
 // o [16, 8 * TILES] += w v for 16 rows of v [16, 8 * TILES] in shared memory, where thread (g, t) holds w as it would c of 16 columns.

@@ -74,7 +74,7 @@ __device__ void attend(const ShortAttentionParams &p) {
             mma(s[j][1], q[k], kf[2], kf[3], T{});
           }
         } else {
-          warp_product<2, false>(s[j], mine, PITCH, k_tile + j * 16 * PITCH, PITCH, WIDTH);
+          warp_product<false>(s[j], mine, PITCH, k_tile + j * 16 * PITCH, PITCH, WIDTH);
         }
       }
 

@@ -1,10 +1,12 @@
 """A linear layer over the live blocks of its inputs or outputs only, read from the full weights."""
+import functools
 from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..native import sliced_product as native
 from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP = "sliced_linear"
@@ -49,11 +51,48 @@ def reference(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, side: str, w
     return F.linear(x, w.index_select(0, index), None if b is None else b.index_select(0, index))
 
 
+def by_products(product, x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, side: str, width: int) -> Tensor:
+    """`sliced_linear` by a kernel's `product` (see vitprune.native.sliced_product)."""
+    one_dtype(OP, x, w)
+    flat, out = as_rows(x), side == "out"
+    y = torch.empty(len(flat), len(live) * width if out else w.shape[0], dtype=x.dtype, device=x.device)
+    product(flat, w.t(), y, live.contiguous(), width, live_columns=out, live_depth=not out, bias=b if b is None else b.contiguous())
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def gradients_by_products(product, dy: Tensor, x: Tensor, w: Tensor, live: Tensor, side: str, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, w and b; of dead blocks zero, and never computed."""
+    flat, dy, out, live = as_rows(x), as_rows(dy), side == "out", live.contiguous()
+    dx, dw, db = torch.empty(flat.shape, dtype=x.dtype, device=x.device), torch.zeros_like(w), dy.sum(0).to(w.dtype)
+    product(dy, w, dx, live, width, live_columns=not out, live_depth=out)
+    product(dy.t(), flat, dw, live, width, live_rows=out, full_columns=not out)
+    return dx.view(x.shape), dw, spread(w[:, 0], live, width, db) if out else db
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """[..., C] -> [M, C], a copy only where the rows do not lie evenly."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def spread(like: Tensor, live: Tensor, width: int, values: Tensor) -> Tensor:
+    """values [L * width] at their units of a vector of zeros."""
+    full = torch.zeros_like(like)
+    full.view(-1, width)[live.long()] = values.view(-1, width).to(like.dtype)
+    return full
+
+
+def one_dtype(op: str, x: Tensor, w: Tensor) -> None:
+    """Tensor cores take one kind of numbers."""
+    x.dtype == w.dtype or fail(op, "w", f"{x.dtype} as x", w.dtype)
+
+
 def _backward(dy, x, w, live, side: str, width: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw, db; dead blocks of dw and db are zero."""
     if backend == "triton":
         from ..kernels import sliced_linear as triton
         return triton.launch_backward(dy, x, w, live, side, width)
+    if backend == "cuda":
+        return gradients_by_products(native.product, dy, x, w, live, side, width)
     index, dim = block_index(live, width), 1 if side == "in" else 0
     flat_y, flat_x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
     dw = torch.zeros_like(w).index_copy(dim, index, (flat_y.t() @ flat_x).to(w.dtype))
@@ -107,4 +146,5 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
 
 
 # On a GPU nothing has been measured, so PyTorch's own calls come first.
-serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))
+serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses),
+      Backend("cuda", functools.partial(by_products, native.product), refuses=native.refuses))

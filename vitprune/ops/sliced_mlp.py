@@ -1,12 +1,14 @@
 """The head-sliced fused MLP's other half: fc1, GELU and fc2 over the live hidden blocks only, from the full weights."""
+import functools
 from math import prod
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..native import sliced_product as native
 from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
-from .sliced_linear import block_index, check_live
+from .sliced_linear import as_rows, block_index, check_live, one_dtype, spread
 
 OP = "sliced_mlp"
 
@@ -45,11 +47,41 @@ def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
     return y if residual is None else residual + y
 
 
+def by_products(product, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor,
+                residual: Tensor | None, width: int) -> Tensor:
+    """`sliced_mlp` by a kernel's `product` (see vitprune.native.sliced_product)."""
+    for w in (w1, w2):
+        one_dtype(OP, x, w)
+    flat, live = as_rows(x), live.contiguous()
+    b1, b2 = (b if b is None else b.contiguous() for b in (b1, b2))
+    hidden = torch.empty(len(flat), len(live) * width, dtype=x.dtype, device=x.device)
+    y = torch.empty(len(flat), w2.shape[0], dtype=x.dtype, device=x.device)
+    product(flat, w1.t(), hidden, live, width, live_columns=True, bias=b1, epilogue="gelu")
+    product(hidden, w2.t(), y, live, width, live_depth=True, bias=b2, other=residual if residual is None else as_rows(residual))
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def gradients_by_products(product, dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, live: Tensor,
+                          width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w1, b1, w2 and b2; of dead units zero, and never computed. The hidden layer is computed again."""
+    flat, dy, live = as_rows(x), as_rows(dy), live.contiguous()
+    hidden, dh = (torch.empty(len(flat), len(live) * width, dtype=x.dtype, device=x.device) for _ in range(2))
+    dx, dw1, dw2 = torch.empty(flat.shape, dtype=x.dtype, device=x.device), torch.zeros_like(w1), torch.zeros_like(w2)
+    product(flat, w1.t(), hidden, live, width, live_columns=True, bias=b1 if b1 is None else b1.contiguous())
+    product(dy, w2, dh, live, width, live_columns=True, other=hidden, epilogue="gelu gradient")  # hidden: now after the GELU
+    product(dh, w1, dx, live, width, live_depth=True)
+    product(dh.t(), flat, dw1, live, width, live_rows=True)
+    product(dy.t(), hidden, dw2, live, width, full_columns=True)
+    return dx.view(x.shape), dw1, spread(w1[:, 0], live, width, dh.sum(0)), dw2, dy.sum(0).to(w2.dtype)
+
+
 def _backward(dy, x, w1, b1, w2, live, width: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dx, dw1, db1, dw2, db2; dead units are zero. The hidden layer is recomputed rather than stored."""
     if backend == "triton":
         from ..kernels import sliced_mlp as triton
         return triton.launch_backward(dy, x, w1, b1, w2, live, width)
+    if backend == "cuda":
+        return gradients_by_products(native.product, dy, x, w1, b1, w2, live, width)
     index = block_index(live, width)
     rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
     w1_live, w2_live = w1.index_select(0, index), w2.index_select(1, index)
@@ -105,4 +137,5 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
 
 
 # On a GPU nothing has been measured, so PyTorch's own calls come first.
-serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))
+serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses),
+      Backend("cuda", functools.partial(by_products, native.product), refuses=native.refuses))

@@ -1,0 +1,108 @@
+// The tiled matrix product that sliced_linear and sliced_mlp are made of: live blocks of full matrices, with bias, GELU and residual in
+// its epilogue. grid (tiles of c): eight tiles below each other run together, and share their columns in the cache.
+#include "device.h"
+#include "params.h"
+
+constexpr int GROUP = 8;
+
+template <typename T, int SIZE, bool DEPTH_ROWS>  // SIZE x SIZE of c for a thread block; DEPTH_ROWS: as in warp_product
+__device__ void product(const SlicedProductParams &p) {
+  constexpr int UNIT = 16 / sizeof(T), DEPTH = 4 * UNIT, HIGH = SIZE / 32, THREADS = 2 * SIZE;  // warps in two rows, each 32 columns wide
+  constexpr int STAGES = ARCH < 800 ? 1 : SIZE == 64 ? 3 : 2;
+  constexpr int A_ROW = DEPTH + UNIT, B_ROWS = DEPTH_ROWS ? DEPTH : SIZE, B_UNITS = (DEPTH_ROWS ? SIZE : DEPTH) / UNIT, B_ROW = (B_UNITS + 1) * UNIT;
+  __shared__ __align__(16) T a_tiles[STAGES][SIZE * A_ROW], b_tiles[STAGES][B_ROWS * B_ROW];
+  const int tid = threadIdx.x, lane = tid % 32, down = tid / 32 % 2, across = tid / 64;
+
+  const long long tiles_down = (p.M + SIZE - 1) / SIZE, tiles_across = (p.N + SIZE - 1) / SIZE;
+  const long long group = blockIdx.x / (GROUP * tiles_across) * GROUP, inside = blockIdx.x % (GROUP * tiles_across);
+  const long long size = tiles_down - group < GROUP ? tiles_down - group : GROUP;
+  const int first_row = (int)(group + inside % size) * SIZE, first_column = (int)(inside / size) * SIZE;
+  auto place = [&](int unit, bool mapped) -> long long {
+    if (!mapped) return unit;
+    const int block = p.shift >= 0 ? unit >> p.shift : unit / p.width;
+    return (long long)p.live[block] * p.width + (unit - block * p.width);
+  };
+
+  const T *a = (const T *)p.a, *b = (const T *)p.b;
+  auto fetch = [&](int k, int stage) {
+    if (k < p.K) {
+      for (int i = tid; i < SIZE * (DEPTH / UNIT); i += THREADS) {
+        const int row = i / (DEPTH / UNIT), depth = k + i % (DEPTH / UNIT) * UNIT;
+        const bool valid = first_row + row < p.M && depth < p.K;
+        copy16(a_tiles[stage] + row * A_ROW + (depth - k), valid ? a + (first_row + row) * p.a_row + depth : a, valid);
+      }
+      for (int i = tid; i < B_ROWS * B_UNITS; i += THREADS) {
+        const int row = i / B_UNITS, unit = i % B_UNITS * UNIT;
+        const int depth = k + (DEPTH_ROWS ? row : unit), column = first_column + (DEPTH_ROWS ? unit : row);
+        const bool valid = depth < p.K && column < p.N;
+        const T *from = b;
+        if (valid) {
+          const long long d = place(depth, p.live_depth), c = place(column, p.live_columns);
+          from += DEPTH_ROWS ? d * p.b_row + c : c * p.b_row + d;
+        }
+        copy16(b_tiles[stage] + row * B_ROW + unit, from, valid);
+      }
+    }
+    copies_commit();
+  };
+
+  float total[HIGH][4][4] = {};
+  for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage * DEPTH, stage);
+  for (int k = 0, stage = 0; k < p.K; k += DEPTH) {
+    fetch(k + (STAGES - 1) * DEPTH, (stage + STAGES - 1) % STAGES);
+    copies_wait<STAGES - 1>();
+    __syncthreads();
+    const T *left = a_tiles[stage] + down * 16 * HIGH * A_ROW, *right = b_tiles[stage] + across * 32 * (DEPTH_ROWS ? 1 : B_ROW);
+    warp_product<DEPTH_ROWS>(total, left, A_ROW, right, B_ROW, DEPTH);
+    __syncthreads();
+    stage = (stage + 1) % STAGES;
+  }
+
+  const T *bias = (const T *)p.bias;
+  T *c = (T *)p.c, *other = (T *)p.other;
+  const bool pairs = p.c_column == 1 && p.c_row % 2 == 0;
+  UNROLL for (int i = 0; i < 4; i++) {
+    const int column = first_column + across * 32 + i * 8 + lane % 4 * 2;
+    if (column >= p.N) continue;
+    const bool two = column + 1 < p.N;
+    float offset[2] = {};
+    if (bias) UNROLL for (int e = 0; e < 2; e++)
+      if (column + e < p.N) offset[e] = to_float(bias[place(column + e, p.live_columns)]);
+    const long long to = place(column, p.full_columns) * p.c_column;
+    UNROLL for (int h = 0; h < HIGH; h++) UNROLL for (int r = 0; r < 2; r++) {
+      const int row = first_row + (down * HIGH + h) * 16 + r * 8 + lane / 4;
+      if (row >= p.M) continue;
+      float y[2];
+      UNROLL for (int e = 0; e < 2; e++) {
+        y[e] = total[h][i][2 * r + e] + offset[e];
+        T *at = other + row * p.other_row + (column + e) * p.other_column;
+        if (p.epilogue == 2) {
+          if (e == 1 && !two) continue;
+          const float x = to_float(*at), share = 0.5f * (1 + erff(x * 0.70710678f));
+          y[e] *= share + x * 0.39894228f * expf(-0.5f * x * x);
+          from_float(x * share, *at);
+        } else {
+          if (other && (e == 0 || two)) y[e] += to_float(*at);
+          if (p.epilogue == 1) y[e] *= 0.5f * (1 + erff(y[e] * 0.70710678f));
+        }
+      }
+      T *at = c + place(row, p.live_rows) * p.c_row + to;
+      if (two && pairs) {
+        store_pair(at, y[0], y[1]);
+      } else {
+        from_float(y[0], at[0]);
+        if (two) from_float(y[1], at[p.c_column]);
+      }
+    }
+  }
+}
+
+// Large tiles pay where tensor cores would otherwise wait for memory.
+#define KERNEL_OF(type, size, name, depth_rows) \
+  extern "C" __global__ void __launch_bounds__(2 * size) sliced_product_##type##_##size##_##name(const SlicedProductParams p) { \
+    if constexpr (size == 64 || HAS_MMA<type>) product<type, size, depth_rows>(p); \
+  }
+using f32 = float;
+KERNEL_OF(f32, 64, columns, true) KERNEL_OF(f32, 64, depth, false)
+KERNEL_OF(f16, 64, columns, true) KERNEL_OF(f16, 64, depth, false) KERNEL_OF(f16, 128, columns, true) KERNEL_OF(f16, 128, depth, false)
+KERNEL_OF(bf16, 64, columns, true) KERNEL_OF(bf16, 64, depth, false) KERNEL_OF(bf16, 128, columns, true) KERNEL_OF(bf16, 128, depth, false)
