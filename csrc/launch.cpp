@@ -48,7 +48,8 @@ struct Driver {
 };
 
 const Driver &driver() {
-  static const Driver instance;
+  thread_local Driver instance;
+  if (!instance.missing.empty()) instance = Driver();  // one may have been loaded since
   return instance;
 }
 
