@@ -12,7 +12,7 @@ class Progress:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
-        console, self.quiet = Console(file=sys.stderr), quiet
+        console, self.quiet, self.said = Console(file=sys.stderr), quiet, ""
         self.bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                        console=console, disable=quiet or not console.is_terminal)
         self.task = self.bar.add_task("", total=total)
@@ -33,6 +33,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """What is being done now: the bar's description, or a line of its own."""
-        if self.bar.disable and not self.quiet:
+        if self.bar.disable and not self.quiet and text != self.said:
             print(text, file=sys.stderr, flush=True)
+        self.said = text
         self.bar.update(self.task, description=text)
