@@ -75,6 +75,17 @@ SlicedProductParams sliced_product_params(py::tuple addresses, py::tuple strides
   return p;
 }
 
+CompactTokensParams compact_tokens_params(py::tuple addresses, py::tuple strides, long long units, long long R, unsigned long long fill,
+                                          int unit_bytes, int B, int N, int chunk) {
+  CompactTokensParams p{};
+  p.from = pointer<void>(addresses[0].cast<Address>()), p.to = pointer<void>(addresses[1].cast<Address>());
+  p.keep = pointer<unsigned char>(addresses[2].cast<Address>()), p.cu_seqlens = pointer<int>(addresses[3].cast<Address>());
+  p.from_batch = strides[0].cast<long long>(), p.from_row = strides[1].cast<long long>();
+  p.from_unit = strides[2].cast<long long>(), p.cu_stride = strides[3].cast<long long>();
+  p.units = units, p.R = R, p.fill = fill, p.unit_bytes = unit_bytes, p.B = B, p.N = N, p.chunk = chunk;
+  return p;
+}
+
 // An operator's struct, and its launch by value.
 template <typename Params, typename Make>
 void bind(py::module_ &m, const char *name, Make make) {
@@ -99,6 +110,7 @@ PYBIND11_MODULE(_native, m) {
   bind<PolicyAttentionParams>(m, "PolicyAttentionParams", &policy_attention_params);
   m.def("policy_attention_cpu", &policy_attention_cpu, py::call_guard<py::gil_scoped_release>());
   bind<ShortAttentionParams>(m, "ShortAttentionParams", &short_attention_params);
+  bind<CompactTokensParams>(m, "CompactTokensParams", &compact_tokens_params);
   bind<SlicedProductParams>(m, "SlicedProductParams", &sliced_product_params);
   m.def("short_attention_cpu", &short_attention_cpu, py::call_guard<py::gil_scoped_release>());
 }

@@ -56,3 +56,17 @@ struct SlicedProductParams {
   int live_rows, live_columns, full_columns, live_depth;  // full: c's rows, b's columns, c's columns, b's depth
   int epilogue;       // 0: other is added; 1: and then the GELU; 2: times the GELU's derivative at `other`
 };
+
+struct CompactTokensParams {
+  const void *from;           // compact: x [B, N, C]; expand: rows [R, C]; any strides
+  void *to;                   // compact: rows [R, C]; expand: [B, N, C]; contiguous
+  const unsigned char *keep;  // [B, N], contiguous, 0 or 1
+  int *cu_seqlens;            // [B+1], cu_stride apart; written by compact, read by expand
+  long long from_batch, from_row, from_unit, cu_stride;
+  long long units;            // a row of `from` is that many units of unit_bytes, from_unit apart
+  long long R;                // rows
+  unsigned long long fill;    // a dropped token's bits, repeated to 8 bytes
+  int unit_bytes;             // 1, 2, 4, 8 or 16
+  int B, N;
+  int chunk;                  // tokens a thread block handles
+};

@@ -3,10 +3,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
+from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
 from oracles import check_operator
 
-from vitprune import ops
+from vitprune import native, ops
 from vitprune.ops import backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -55,7 +55,7 @@ def describe(case):
     return [str(case["dtype"]), f"keep={case['density']}", f"spare={case['spare']}", *(["real"] if case["real"] else [])]
 
 
-def check(case, device):
+def check(case, name, device):
     """Rows, starts, inverse and both gradients, bit for bit; dropped tokens hold NaN."""
     rng = np.random.default_rng(case["seed"])
     B, N, C = case["shape"]
@@ -65,7 +65,7 @@ def check(case, device):
     kept = int(keep.sum())
     capacity = B * N if case["spare"] is None else kept + case["spare"]
     x = x.detach().requires_grad_()
-    with backend("triton"):
+    with backend(name):
         rows, cu_seqlens = ops.compact_tokens(x, keep, capacity=capacity)
         packed = layout(rows.detach(), np.random.default_rng(0 if rows.numel() else 1))
         packed = packed.requires_grad_()
@@ -90,7 +90,32 @@ def check(case, device):
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_triton(device, count):
-    explore(lambda case: check(case, device), cases(False), cases(True), count, describe)
+    explore(lambda case: check(case, "triton", device), cases(False), cases(True), count, describe)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name, device", CUDA)
+def test_cuda(name, device, count):
+    explore(lambda case: check(case, name, device), cases(False), cases(True), count, describe)
+
+
+@pytest.mark.parametrize("name, device", CUDA)
+def test_cuda_chunks_and_bounds(name, device, monkeypatch):
+    """Several tiles a block, more images than tokens; rows that are not there are zero, a mask at an odd address."""
+    torch.manual_seed(0)
+    for processors in (1, 200):
+        monkeypatch.setattr(native, "processors", lambda index, processors=processors: processors)
+        for B, N in ((257, 1), (3, 100), (1, 197), (1, 2500), (2, 600)):
+            x, keep = torch.randn(B, N, 20, device=device), (torch.rand(B * N + 1, device=device) < 0.5)[1:].view(B, N)
+            with backend(name):
+                rows, cu_seqlens = ops.compact_tokens(x, keep, capacity=B * N + 33)
+                out = ops.expand_rows(rows, cu_seqlens, keep, fill=0.5)
+                lost = ops.expand_rows(rows[:3], cu_seqlens - 1, keep, fill=0.5)
+            assert torch.equal(rows[:int(keep.sum())], x[keep]) and not rows[int(keep.sum()):].any()
+            assert torch.equal(out, torch.where(keep[..., None], x, 0.5)) and (lost[keep][4:] == 0).all() and (lost[~keep] == 0.5).all()
+    if device == "cpu":  # on a GPU the device reports it later, and is lost
+        with backend(name), pytest.raises(RuntimeError, match="more tokens kept than capacity 2"):
+            ops.compact_tokens(torch.randn(1, 4, 3), torch.ones(1, 4, dtype=torch.bool), capacity=2)
 
 
 @pytest.mark.parametrize("device", DEVICES)

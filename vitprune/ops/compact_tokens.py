@@ -2,6 +2,7 @@
 import torch
 from torch import Tensor
 
+from ..native import compact_tokens as native
 from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP, INVERSE = "compact_tokens", "expand_rows"
@@ -117,5 +118,7 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
 
 
 # On a GPU nothing has been measured, so PyTorch's own calls come first.
-serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))
-serve(INVERSE, Backend("reference", expand_reference, composite=True), Backend("triton", _triton_expand, refuses=_triton_refuses))
+serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses),
+      Backend("cuda", native.cuda, refuses=native.refuses))
+serve(INVERSE, Backend("reference", expand_reference, composite=True), Backend("triton", _triton_expand, refuses=_triton_refuses),
+      Backend("cuda", native.expand_cuda, refuses=native.refuses))
