@@ -1,5 +1,6 @@
 // Runs the CPU kernels at every vector width of this processor on odd sizes and compares them with plain loops in double.
 // Built by tests/test_native.py under AddressSanitizer and UndefinedBehaviorSanitizer; buffers are exactly as large as needed.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,7 @@
 
 #include "cpu/call_widest.h"
 #include "cpu/policy_attention.h"
+#include "cpu/select_tokens.h"
 #include "cpu/short_attention.h"
 
 namespace {
@@ -132,9 +134,42 @@ void packed(const Width &width, const std::vector<int> &lengths, int H, int D) {
   }
 }
 
+// Scores with ties, infinities and NaN, strides that leave gaps, rows of an odd number of units.
+void selected(int B, int P, int N, int K, int units) {
+  const long long token = units + 3, score = 2;
+  auto x = random_floats(B * (P + N) * token), scores = random_floats(B * N * score);
+  for (int i = 0; i < B * N; i++) {
+    float &s = scores[i * score];
+    s = i % 11 == 7 ? NAN : i % 13 == 5 ? -INFINITY : i % 17 == 3 ? INFINITY : std::floor(4 * s);
+  }
+  std::unique_ptr<float[]> tokens(new float[B * (P + K) * units]);
+  std::unique_ptr<long long[]> ids(new long long[B * K]);
+  SelectTokensParams a{};
+  a.x = x.get(), a.scores = scores.get(), a.tokens = tokens.get(), a.ids = ids.get();
+  a.B = B, a.P = P, a.N = N, a.K = K, a.units = units, a.unit_bytes = 4, a.score_type = SCORE_F32;
+  a.x_batch = (P + N) * token * 4, a.x_token = token * 4, a.x_unit = 4, a.score_batch = N * score * 4, a.score_token = score * 4;
+  select_tokens_cpu(a, 3);
+  for (int b = 0; b < B; b++) {
+    std::vector<int> best(N);
+    for (int i = 0; i < N; i++) best[i] = i;
+    const float *s = scores.get() + b * N * score;
+    std::stable_sort(best.begin(), best.end(), [&](int i, int j) { return std::isnan(s[j * score]) ? !std::isnan(s[i * score]) : s[i * score] > s[j * score]; });
+    best.resize(K);
+    std::sort(best.begin(), best.end());
+    for (int row = 0; row < P + K; row++) {
+      const int from = row < P ? row : P + best[row - P];
+      if (row >= P && ids[b * K + row - P] != best[row - P]) failures++, std::printf("select_tokens: another id\n");
+      if (!std::equal(tokens.get() + (b * (P + K) + row) * units, tokens.get() + (b * (P + K) + row + 1) * units, x.get() + (b * (P + N) + from) * token))
+        failures++, std::printf("select_tokens: another row\n");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
+  for (int N : {1, 2, 50, 196})
+    for (int K : {0, 1, N / 2, N}) selected(3, N % 3, N, K, 65), selected(1, 1, N, K, 4096);
   for (const Width &width : WIDTHS) {
     if (!width.here) continue;
     for (int N : {1, 2, 15, 16, 17, 47, 48, 49, 97, 130})

@@ -1,4 +1,5 @@
 """Every CUDA source for every architecture, with nvcc and with NVRTC: no warning, no spill, tensor cores where they exist."""
+import ctypes
 import re
 import shutil
 import subprocess
@@ -49,6 +50,18 @@ def check(op: str, arch: int, cubin: bytes, tmp_path) -> None:
 def test_nvrtc(op, arch, tmp_path):
     if nvrtc.library() is None:
         pytest.skip(nvrtc.MISSING)
+    check(op, arch, nvrtc.build(op, *nvrtc.sources(op), f"sm_{arch}"), tmp_path)
+
+
+@pytest.mark.parametrize("arch", (61, 70))
+@pytest.mark.parametrize("op", OPERATORS)
+def test_nvrtc_12(op, arch, tmp_path, monkeypatch):
+    """CUDA 13 has no compiler for these cards any more."""
+    path = next((path for path in nvrtc.candidates() if path.endswith("/libnvrtc.so.12")), None)
+    if path is None:
+        pytest.skip("no NVRTC 12 (nvidia-cuda-nvrtc-cu12)")
+    library = ctypes.CDLL(path)
+    monkeypatch.setattr(nvrtc, "library", lambda: library)
     check(op, arch, nvrtc.build(op, *nvrtc.sources(op), f"sm_{arch}"), tmp_path)
 
 

@@ -3,6 +3,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,25 +136,44 @@ def test_float8_rows_and_unknown_scores():
         "no kernel for scores of torch.float8_e4m3fn"
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-def test_cpu_kernels_at_every_width_and_under_sanitizers(tmp_path):
-    """AddressSanitizer and UndefinedBehaviorSanitizer; against plain loops in double (tests/cpu_kernels.cpp)."""
+WIDTHS = {"base": []}
+if platform.machine() == "x86_64":
+    WIDTHS |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma"]}
+
+
+def check_cpu_kernels(folder: Path, widths: dict[str, list[str]], *common: str, under: tuple[str, ...] = ()) -> None:
+    """Against plain loops in double (tests/cpu_kernels.cpp)."""
     tests = Path(__file__).parent
     csrc = tests.parent / "csrc"
-    common = ["c++", "-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Werror",
-              "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-I", csrc, "-I", tests]
-    widths = {"base": []}
-    if platform.machine() == "x86_64":
-        widths |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma"]}
-    objects = []
+    common = [*common, "-std=c++17", "-g", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-I", csrc, "-I", tests]
+    objects = [csrc / "cpu/select_tokens.cpp"]
     for source in sorted((csrc / "cpu").glob("*_simd.cpp")):
         for width, flags in widths.items():
-            objects.append(tmp_path / f"{source.stem}.{width}.o")
+            objects.append(folder / f"{source.stem}.{width}.o")
             subprocess.run([*common, *flags, "-c", source, "-o", objects[-1]], check=True)
-    subprocess.run([*common, tests / "cpu_kernels.cpp", *objects, "-o", tmp_path / "run"], check=True)
-    done = subprocess.run([tmp_path / "run"], capture_output=True, text=True, timeout=300)
+    subprocess.run([*common, tests / "cpu_kernels.cpp", *objects, "-o", folder / "run"], check=True)
+    done = subprocess.run([*under, folder / "run"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "base" in done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_cpu_kernels_at_every_width_and_under_sanitizers(tmp_path):
+    """AddressSanitizer and UndefinedBehaviorSanitizer."""
+    check_cpu_kernels(tmp_path, WIDTHS, "c++", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+@pytest.mark.long
+def test_cpu_kernels_on_arm(tmp_path):
+    """Cross-compiled for aarch64 and emulated (Debian's g++-aarch64-linux-gnu and qemu-user-static); the binding compiles there too."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+    if compiler is None or emulator is None:
+        pytest.skip("no aarch64-linux-gnu-g++ or qemu-aarch64-static")
+    check_cpu_kernels(tmp_path, {"base": []}, compiler, "-O2", "-static", under=(emulator,))
+    csrc, pybind11 = Path(__file__).parents[1] / "csrc", pytest.importorskip("pybind11")
+    for source in (*csrc.glob("*.cpp"), *(csrc / "cpu").glob("*.cpp")):
+        subprocess.run([compiler, "-std=c++17", "-fsyntax-only", "-fopenmp", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-I", csrc,
+                        "-I", pybind11.get_include(), "-I", sysconfig.get_path("include"), source], check=True)
 
 
 @CPP
