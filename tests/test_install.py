@@ -1,5 +1,6 @@
 """What an install consists of, with and without compilers. The long tests build in isolation and need a package index."""
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 NEEDED = {"vitprune/__init__.py", "vitprune/ops/select_tokens.py", "vitprune/kernels/select_tokens.py",
           "vitprune/csrc/params.h", "vitprune/csrc/cuda/select_tokens.cu"}
 NO_COMPILER = {"CXX": "/bin/false"}
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def run(*command, cwd=None, **environment):
@@ -29,6 +31,22 @@ def wheel(folder: Path, source: Path = ROOT, **environment) -> set[str] | None:
     return set(zipfile.ZipFile(built[0]).namelist()) if built else None
 
 
+# An nvcc that sees cards of these architectures, or none, and writes empty cubins.
+LISTS = '[ "$1" = --list-gpu-code ] && printf "sm_80\\nsm_86\\nsm_90\\n" && exit'
+SEES = LISTS + """
+case "$*" in *--dryrun*) echo "#$ cicc -D__CUDA_ARCH_LIST__=%s %s" >&2; exit;; esac
+while [ "$1" != -o ]; do shift; done; touch "$2"
+"""
+
+
+def cubins(names: set[str]) -> set[str]:
+    return {Path(name).name for name in names if name.endswith(".cubin")}
+
+
+def each_cubin(*archs: int) -> set[str]:
+    return {f"{path.stem}.sm{arch}.cubin" for path in (ROOT / "csrc/cuda").glob("*.cu") for arch in archs}
+
+
 def fake_cuda_home(folder: Path, script: str) -> dict[str, str]:
     nvcc = folder / "cuda/bin/nvcc"
     nvcc.parent.mkdir(parents=True)
@@ -37,14 +55,87 @@ def fake_cuda_home(folder: Path, script: str) -> dict[str, str]:
     return {"CUDA_HOME": str(folder / "cuda")}
 
 
+def environment(folder: Path) -> Path:
+    """The interpreter of a new environment that borrows this one's packages."""
+    venv.create(folder, with_pip=True)
+    site, = folder.glob("lib/python*/site-packages")
+    (site / "zz_borrowed.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+    return folder / "bin/python"
+
+
 def has(names: set[str], ending: str) -> bool:
     return any(name.endswith(ending) for name in names)
+
+
+def report(python: Path, folder: Path, **variables) -> str:
+    """Where vitprune is imported from, whether its C++ serves, and what an operator says."""
+    code = ("import torch, vitprune; from vitprune import native, kernels; from vitprune.ops import select_tokens;"
+            "print(vitprune.__file__, native.reason_cpp(torch.device('cpu')) is None,"
+            "select_tokens(torch.ones(1, 4, 2), torch.tensor([[1., 3., 2.]]), 2)[1].tolist())")
+    done = run(python, "-c", code, cwd=folder, **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_wheel_is_built_installed_and_used(tmp_path):
+    names = wheel(tmp_path, VITPRUNE_REQUIRE_NATIVE="cpu", VITPRUNE_CUDA_ARCHS="80")
+    assert names >= NEEDED
+    assert has(names, ".so")
+    assert cubins(names) == (each_cubin(80) if NVCC else set())
+    built, = tmp_path.glob("*.whl")
+    python = environment(tmp_path / "env")
+    run(python, "-m", "pip", "install", "--no-deps", "--ignore-installed", built).check_returncode()
+    site, = (tmp_path / "env").glob("lib/python*/site-packages")
+    read_only = tmp_path / "cache"
+    read_only.touch()  # a file in the place of the folder: not even root can write there
+    assert report(python, tmp_path, VITPRUNE_CACHE=str(read_only)) == f"{site}/vitprune/__init__.py True [[1, 2]]"
 
 
 def test_uninstalled_checkout_says_so(tmp_path):
     shutil.copytree(ROOT / "vitprune", tmp_path / "vitprune")
     done = run(sys.executable, "-S", "-c", "import vitprune", cwd=tmp_path)
     assert "is a checkout that is not installed: run `pip install -e .`" in done.stderr
+
+
+def interpreter(version: str) -> Path:
+    """A Python of that version, or a skip: on the PATH, or one of pyenv's."""
+    for path in (shutil.which(f"python{version}"), *sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))):
+        if path and run(path, "--version").stdout.startswith(f"Python {version}."):
+            return Path(path)
+    pytest.skip(f"no Python {version}")
+
+
+EXERCISE = """
+import tempfile, timm, torch, vitprune
+from vitprune import nvrtc
+torch.manual_seed(0)
+model = timm.create_model("deit_tiny_patch16_224").eval()
+pruned = vitprune.prune(model, tokens=vitprune.TokenPruning(0.7, score="cls_attention"), blocks=vitprune.BlockPruning(0.5, 0.5))
+images = torch.randn(2, 3, 224, 224)
+pruned.train()(images).sum().backward()
+small = vitprune.compact(pruned.eval())
+with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    vitprune.save(small, folder)
+    assert torch.allclose(vitprune.load(folder)(images), pruned(images), atol=1e-4)
+for source in (nvrtc.SOURCES / "cuda").glob("*.cu"):
+    assert nvrtc.compiled(source.stem, "sm_80")[:4] == b"\x7fELF"
+print("nvrtc", nvrtc.version(), "torch", torch.__version__, "timm", timm.__version__)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("version, packages", [("3.10", ["torch==2.10.*", "timm==1.0.26"]), ("3.13", [])], ids=["floors", "newest"])
+def test_versions(tmp_path, version, packages):
+    """Whole installations, with another CUDA than nvcc's in torch 2.10; NVRTC compiles where cubins and nvcc are hidden."""
+    run(interpreter(version), "-m", "venv", tmp_path / "env").check_returncode()
+    python = tmp_path / "env/bin/python"
+    done = run(python, "-m", "pip", "install", ROOT, *packages, VITPRUNE_REQUIRE_NATIVE="cpu", VITPRUNE_CUDA_ARCHS="80")
+    assert done.returncode == 0, done.stderr
+    done = run(python, "-c", EXERCISE, cwd=tmp_path, PATH="/usr/bin:/bin", VITPRUNE_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    shutil.rmtree(tmp_path / "env")  # gigabytes
 
 
 @pytest.mark.long
@@ -64,10 +155,24 @@ class TestBuild:
     def test_required_cuda_fails_without(self, tmp_path, script):
         assert wheel(tmp_path, VITPRUNE_REQUIRE_NATIVE="cuda", **fake_cuda_home(tmp_path, script)) is None
 
-    @pytest.mark.skipif(not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists()), reason="no nvcc")
-    def test_nvcc(self, tmp_path):
-        names = wheel(tmp_path, VITPRUNE_REQUIRE_NATIVE="cuda", VITPRUNE_CUDA_ARCHS="80;90")
-        assert {n for n in names if n.endswith(".cubin")} == {f"vitprune/cubins/select_tokens.sm{a}.cubin" for a in (80, 90)}
+    @pytest.mark.parametrize("plan, asked, archs", [
+        (("860,900", ""), {}, (86, 90)), (("750", "nvcc warning : Cannot find valid GPU for 'native'"), {}, (80, 86, 90)),
+        (("860", ""), {"VITPRUNE_CUDA_ARCHS": "all"}, (80, 86, 90)), (("860", ""), {"VITPRUNE_CUDA_ARCHS": "80;90"}, (80, 90))])
+    def test_architectures(self, tmp_path, plan, asked, archs):
+        """Those of the cards present, else all; or what is asked for."""
+        assert cubins(wheel(tmp_path, **fake_cuda_home(tmp_path, SEES % plan), **asked)) == each_cubin(*archs)
+
+    @pytest.mark.skipif(NVCC is None, reason="no nvcc")
+    @pytest.mark.parametrize("archs, seconds", [("all", 180), ("80", 45)])
+    def test_nvcc(self, tmp_path, archs, seconds):
+        """On two cores that do nothing else: the processors' time, which other work here does not lengthen."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found = cubins(wheel(tmp_path, VITPRUNE_REQUIRE_NATIVE="cuda", VITPRUNE_CUDA_ARCHS=archs))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        print(f"wheel for {archs}: {took:.0f} s of processor time, {len(found)} cubins")
+        assert found >= each_cubin(80)
+        assert took < 2 * seconds
 
     def test_no_compiler(self, tmp_path):
         names = wheel(tmp_path, **NO_COMPILER)
@@ -92,17 +197,10 @@ class TestBuild:
         assert names >= NEEDED
         assert has(names, ".so")
 
-    @pytest.mark.parametrize("environment", [{}, NO_COMPILER], ids=["compiler", "no compiler"])
-    def test_editable(self, tmp_path, environment):
+    @pytest.mark.parametrize("compilers", [{}, NO_COMPILER], ids=["compiler", "no compiler"])
+    def test_editable(self, tmp_path, compilers):
         """Installed without dependencies, over this interpreter's own packages."""
-        venv.create(tmp_path / "env", with_pip=True)
-        python = tmp_path / "env/bin/python"
-        site, = (tmp_path / "env").glob("lib/python*/site-packages")
-        (site / "zz_borrowed.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
-        done = run(python, "-m", "pip", "install", "--no-deps", "--ignore-installed", "-e", ROOT, **environment)
+        python = environment(tmp_path / "env")
+        done = run(python, "-m", "pip", "install", "--no-deps", "--ignore-installed", "-e", ROOT, **compilers)
         assert done.returncode == 0, done.stderr
-        code = ("import torch, vitprune; from vitprune import native, kernels; from vitprune.ops import select_tokens;"
-                "print(vitprune.__file__, native.reason_cpp(torch.device('cpu')) is None,"
-                "select_tokens(torch.ones(1, 4, 2), torch.tensor([[1., 3., 2.]]), 2)[1].tolist())")
-        done = run(python, "-c", code, cwd=tmp_path)
-        assert done.stdout.strip() == f"{ROOT}/vitprune/__init__.py {not environment} [[1, 2]]", done.stderr
+        assert report(python, tmp_path) == f"{ROOT}/vitprune/__init__.py {not compilers} [[1, 2]]"

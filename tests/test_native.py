@@ -145,7 +145,8 @@ def check_cpu_kernels(folder: Path, widths: dict[str, list[str]], *common: str, 
     """Against plain loops in double (tests/cpu_kernels.cpp)."""
     tests = Path(__file__).parent
     csrc = tests.parent / "csrc"
-    common = [*common, "-std=c++17", "-g", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Werror", "-I", csrc, "-I", tests]
+    common = [*common, "-std=c++17", "-g", "-fopenmp", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-Werror",
+              "-I", csrc, "-I", tests]
     objects = [csrc / "cpu/select_tokens.cpp"]
     for source in sorted((csrc / "cpu").glob("*_simd.cpp")):
         for width, flags in widths.items():

@@ -97,10 +97,11 @@ def test_cuda_emulated(emulate, monkeypatch):
 
 @CPP
 @pytest.mark.parametrize("call", ["cuInit", "cuModuleLoadData", "cuLaunchKernel"])
-def test_driver_errors_name_operator_and_cause(emulate, monkeypatch, call):
+def test_driver_errors_name_operator_cause_and_shapes(emulate, monkeypatch, call):
     emulate(80)
     monkeypatch.setenv("FAKE_CUDA_FAIL", call)
-    with pytest.raises(RuntimeError, match=f"^select_tokens: {call} failed: an illegal memory access was encountered$"):
+    with pytest.raises(RuntimeError, match=rf"^select_tokens: {call} failed: an illegal memory access was encountered "
+                                           r"\(given \[1, 3, 4\] float32, \[1, 2\] float32\)$"):
         forced("cuda")(torch.ones(1, 3, 4), torch.ones(1, 2), 1, 1)
 
 

@@ -139,7 +139,7 @@ def define(op: str, schema: str, run: Callable, fake: Callable, *, cast: bool = 
     macs: multiply-accumulates from the shapes of the arguments; registered with torch's counter as 2 FLOPs each.
     """
     LIBRARY.define(op + schema)
-    LIBRARY.impl(op, run, "CompositeExplicitAutograd")
+    LIBRARY.impl(op, _describes(op, run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"vitprune::{op}", fake, lib=LIBRARY)
     overload = getattr(torch.ops.vitprune, op).default
     for device in ("cpu", "cuda"):
@@ -148,6 +148,20 @@ def define(op: str, schema: str, run: Callable, fake: Callable, *, cast: bool = 
     if macs is not None:
         MACS[op] = macs
         register_flop_formula(getattr(torch.ops.vitprune, op))(lambda *shapes, out_shape=None, **_: 2 * macs(*shapes))
+
+
+def _describes(op: str, run: Callable) -> Callable:
+    """`run`, whose failures name the operator and the shapes it was given: a kernel knows only addresses."""
+    @functools.wraps(run)
+    def described(*args):
+        try:
+            return run(*args)
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # out of memory, say, which callers catch by its type
+                raise
+            given = ", ".join(f"{list(a.shape)} {str(a.dtype).removeprefix('torch.')}" for a in args if isinstance(a, Tensor))
+            raise RuntimeError(f"{op}: {str(error).removeprefix(f'{op}: ')} (given {given})") from error
+    return described
 
 
 def _autocast(overload, key, device: str, cast: bool, *args):
