@@ -178,6 +178,14 @@ def test_cpu_kernels_on_arm(tmp_path):
 
 
 @CPP
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="not Linux")
+def test_threads_are_those_of_torch():
+    """One OpenMP library in the process: two would each keep threads of their own."""
+    libraries = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line}
+    assert len(libraries) == 1, libraries
+
+
+@CPP
 def test_a_thousand_calls_from_thirty_two_threads():
     torch.manual_seed(0)
     q, policy, qkv = torch.randn(2, 2, 33, 16), torch.rand(2, 33), torch.randn(2, 33, 96)
