@@ -1,7 +1,9 @@
 """Every source gives the same pictures, labels and batches; what is damaged is counted, or refused by name."""
 import io
+import itertools
 import json
 import os
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -162,6 +164,20 @@ def test_every_kind_of_picture_becomes_upright_rgb():
     turned = decode(encoded(tall, "PNG", exif=exif))
     assert turned.size == (30, 20) and np.array_equal(np.asarray(turned), np.rot90(np.asarray(tall), -1))
     assert decode(encoded(picture(0).convert("L"))).mode == "RGB"
+
+
+@pytest.mark.parametrize("policy, darkest", [("rand-m9-mstd0.5-inc1", 0), ("rand-m9", 240), ("v0", 240), ("augmix-m5", 0)])
+def test_every_level_of_augmentation_gives_a_picture(policy, darkest):
+    """timm's Posterize keeps 0 bits at one end of its levels: a black picture, which newer versions of Pillow refuse."""
+    transform = pickle.loads(pickle.dumps(DataConfig(**SMALL, auto_augment=policy).transform(True)))  # as a worker may get it
+    ops = [op for step in transform.transforms for op in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ()))]
+    ops = [op for op in ops if op.name.startswith("Posterize")]
+    for op in ops:
+        op.prob, op.magnitude_std, seen = 1.0, 0, []
+        for op.magnitude in range(11):
+            seen.append(int(np.asarray(op(picture(1))).max()))
+        assert min(seen) == 0 and max(seen) == 240 and seen[-1] == darkest
+    assert ops
 
 
 def damaged():

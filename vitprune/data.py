@@ -1,6 +1,8 @@
 """Batches from any source: the same order, augmentation and labels whatever the pictures come from."""
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import random
 import warnings
@@ -11,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -88,10 +91,23 @@ class DataConfig:
         """timm's transform to a normalised tensor [3, S, S]."""
         common = dict(input_size=(3, self.image_size, self.image_size), interpolation=self.interpolation, mean=self.mean, std=self.std)
         if training and self.scale is not None:
-            return create_transform(**common, is_training=True, scale=self.scale, ratio=self.ratio, hflip=self.hflip,
-                                    color_jitter=self.color_jitter, auto_augment=self.auto_augment, re_prob=self.reprob)
+            return _with_posterize(create_transform(**common, is_training=True, scale=self.scale, ratio=self.ratio, hflip=self.hflip,
+                                                    color_jitter=self.color_jitter, auto_augment=self.auto_augment, re_prob=self.reprob))
         resize = self.resize or round(self.image_size / 0.875)
         return create_transform(**common, crop_pct=self.image_size / (resize + 0.5))  # timm rounds what it divides down
+
+
+def _with_posterize(transform):
+    """timm's transform, whose Posterize asks Pillow for 0 bits at its highest level: black, which Pillow 13 refuses to draw."""
+    for step in transform.transforms:
+        for op in itertools.chain(getattr(step, "ops", ()), *getattr(step, "policy", ())):
+            if getattr(op, "name", "").startswith("Posterize"):
+                op.aug_fn = functools.partial(_posterize, op.aug_fn)  # workers may have to pickle it
+    return transform
+
+
+def _posterize(timms, image, bits: int, **options):
+    return timms(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
 class Pictures(IterableDataset):
