@@ -2,9 +2,12 @@
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import shutil
+import signal
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -368,6 +371,24 @@ def test_an_error_of_the_data_is_one_message(tmp_path, workers):
     with pytest.raises(ValueError, match="^evaluation: 1/2.png must be a picture") as error:
         list(create_eval_loader(DataConfig(str(tmp_path), **{**SMALL, "workers": workers}), 2))
     assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="no sigwaitinfo: a worker cannot tell who ends it")
+def test_workers_outlive_signals_to_all_processes_but_not_their_own(tmp_path):
+    """A scheduler signals all processes of a run: the main one still gets its batches, and can end its workers."""
+    folder(tmp_path, [str(i) for i in range(20)])
+    batches = iter(create_eval_loader(DataConfig(str(tmp_path), **{**SMALL, "workers": 2}), 2))
+    next(batches), next(batches)  # both have begun
+    workers = multiprocessing.active_children()
+    for number in ("-TERM", "-INT", "-TERM"):
+        subprocess.run(["kill", number, *(str(worker.pid) for worker in workers)], check=True)  # another process than their own
+    assert len(list(batches)) == 28 and len(workers) == 2
+    batches = iter(create_eval_loader(DataConfig(str(tmp_path), **{**SMALL, "workers": 1}), 2))
+    next(batches)
+    worker, = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 0
 
 
 def test_splits_are_never_taken_for_classes(tmp_path):

@@ -4,7 +4,11 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import multiprocessing
+import os
 import random
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -202,6 +206,22 @@ class Pictures(IterableDataset):
             torch.set_rng_state(states[2])
 
 
+def _leave_signals_to_the_run(_: int) -> None:
+    """In a worker: signals that reach every process of a run (a scheduler's, say) are the main one's to answer, which needs its
+    workers to come to a checkpoint. Only that process itself ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # neither Linux nor a BSD
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    run = multiprocessing.parent_process().pid
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+            pass
+        os._exit(0)
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class Loader:
     """Batches (images, labels) of `Pictures`; counts unreadable ones and stops where there are too many."""
 
@@ -220,7 +240,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.pictures.epoch, self.pictures.start = self.epoch, self.start
-        for batch in DataLoader(self.pictures, batch_size=None, num_workers=self.workers):
+        for batch in DataLoader(self.pictures, batch_size=None, num_workers=self.workers, worker_init_fn=_leave_signals_to_the_run):
             if isinstance(batch, Exception):
                 raise batch
             images, labels, bad = batch
