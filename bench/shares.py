@@ -2,6 +2,7 @@
 
 Every call that a pruned DeiT makes (tokens 0.7; half of heads and hidden blocks masked) is recorded with its arguments and timed
 by itself, forward alone in evaluation and with its gradients in training; its share is of the whole pass, timed beside it.
+On a GPU evaluation is in float16 and training under the trainer's own autocast.
 """
 import contextlib
 import functools
@@ -18,12 +19,15 @@ from vitprune.train import TrainConfig
 
 @contextlib.contextmanager
 def recorded():
-    """[(operator, backend, arguments)] of what is called inside."""
-    seen, tables = [], dict(registry.TABLES)
+    """{(operator, shapes): [calls, backend, arguments of the first]} of what is called inside; arguments without their graph."""
+    seen: dict[tuple, list] = {}
+    tables = dict(registry.TABLES)
 
     def watch(op, backend):
         def run(*args):
-            seen.append((op, backend, args))
+            shape = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else type(a).__name__ for a in args)
+            kept = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
+            seen.setdefault((op, shape), [0, backend, kept])[0] += 1
             return backend.run(*args)
         return replace(backend, run=run)
 
@@ -58,6 +62,10 @@ def shares(name: str, batch: int, device: torch.device, training: bool) -> dict:
     model = prune(dense, TokenPruning(0.7), BlockPruning(0.5, 0.5, method="magnitude")).to(device).eval()
     images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.zeros(batch, dtype=torch.long, device=device)
     trainer = Run(model, TrainConfig(backbone_frozen_epochs=0), 1000, dense) if training else None
+    kind = trainer.dtype if training else torch.float16 if device.type == "cuda" else None
+    if not training and kind is not None:
+        model, images = model.to(kind), images.to(kind)
+    cast = torch.autocast(device.type, kind, enabled=training and kind is not None)  # as the trainer runs every call
 
     def whole():
         with contextlib.nullcontext() if training else torch.inference_mode():
@@ -65,17 +73,20 @@ def shares(name: str, batch: int, device: torch.device, training: bool) -> dict:
 
     with recorded() as seen:
         whole()
-    merged: dict[tuple, list] = {}  # calls alike in shape are timed once
-    for op, backend, args in seen:
-        shape = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else type(a).__name__ for a in args)
-        merged.setdefault((op, shape), []).append((backend, args))
-    functions = {key: alone(key[0], *found[0], training) for key, found in merged.items()}
+    functions = {key: alone(key[0], backend, args, training) for key, (_, backend, args) in seen.items()}
+
+    def under(function):
+        def run():
+            with cast:
+                return function()
+        return run
     with contextlib.nullcontext() if training else torch.inference_mode():
-        ms, spread = times({"all": whole, **functions}, device, 0.02)
-    row = {"model": name, "batch": batch, "dtype": "float32", "pass": "training step" if training else "forward", "calls": {},
-           "ms": {"all": ms["all"]}, "spread_ms": {"all": spread["all"]}, "share": {}}
-    for op in sorted({op for op, _ in merged}):
-        count = {key: len(found) for key, found in merged.items() if key[0] == op}
+        ms, spread = times({"all": whole, **{key: under(function) for key, function in functions.items()}}, device, 0.02)
+    row = {"model": name, "batch": batch, "dtype": str(kind or torch.float32).removeprefix("torch."),
+           "pass": "training step" if training else "forward", "calls": {}, "ms": {"all": ms["all"]}, "spread_ms": {"all": spread["all"]},
+           "share": {}}
+    for op in sorted({op for op, _ in seen}):
+        count = {key: calls for key, (calls, *_) in seen.items() if key[0] == op}
         row["calls"][op] = sum(count.values())
         row["ms"][op] = sum(ms[key] * n for key, n in count.items())
         row["spread_ms"][op] = [sum(spread[key][end] * n for key, n in count.items()) for end in (0, 1)]
@@ -84,11 +95,18 @@ def shares(name: str, batch: int, device: torch.device, training: bool) -> dict:
 
 
 def rows(device: torch.device):
-    """Rows over DeiT-S and DeiT-B, in evaluation and in training."""
+    """Rows over DeiT-S and DeiT-B, in evaluation and in training; half the batch where the card has too little memory."""
     one, many = (1, 128) if device.type == "cuda" else (1, 8)
     for name in ("deit_small_patch16_224", "deit_base_patch16_224"):
         for training, batch in ((False, one), (False, many), (True, many)):
-            yield shares(name, batch, device, training)
+            while batch:
+                try:
+                    row = shares(name, batch, device, training)
+                except torch.OutOfMemoryError:
+                    batch //= 2
+                else:
+                    yield row
+                    break
 
 
 if __name__ == "__main__":

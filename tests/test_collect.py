@@ -1,13 +1,18 @@
 """A card's file: written in parts within a budget, checked field by field, and rendered."""
 import copy
+import functools
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import timm
+import torch
+
+from vitprune.train import TrainConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
-from bench import card, collect, render  # noqa: E402
+from bench import card, collect, render, shares  # noqa: E402
 
 MACHINE = {"platform": "Linux-6", "python": "3.12.1", "torch": "2.15.0+cu132", "timm": "1.0.31", "vitprune": "0.1.0", "triton": "3.9.0",
            "gpu": "Tesla T4", "cuda": "13.2", "threads": 2}
@@ -146,6 +151,35 @@ def test_a_job_that_is_cut_keeps_its_rows():
 def test_a_job_that_fails_says_why():
     done = card.run("add_norm", [sys.executable, "-c", "raise OSError('no card')"], 30.0)
     assert (done["rows"], done["cut"], done["error"]) == ([], None, "OSError: no card")
+
+
+def once(calls, device, min_time):
+    for call in calls.values():
+        call()
+    return dict.fromkeys(calls, 1.0), dict.fromkeys(calls, [1.0, 1.0])
+
+
+@pytest.mark.parametrize("amp, dtype", [("off", "float32"), ("bfloat16", "bfloat16")])
+def test_calls_are_repeated_as_the_trainer_makes_them(monkeypatch, amp, dtype):
+    """Under autocast too, which is what a GPU trains with: a call alone must see it as well."""
+    monkeypatch.setattr(timm, "create_model", lambda name: timm.models.VisionTransformer(
+        patch_size=56, embed_dim=128, depth=10, num_heads=2, num_classes=5))
+    monkeypatch.setattr(shares, "TrainConfig", functools.partial(TrainConfig, amp=amp))
+    monkeypatch.setattr(shares, "times", once)
+    row = shares.shares("small", 2, torch.device("cpu"), training=True)
+    assert row["dtype"] == dtype
+    assert row["calls"] == {"add_norm": 10, "policy_attention": 7, "short_attention": 3, "sliced_linear": 20, "sliced_mlp": 10}
+    assert row["share"] == row["calls"]
+    assert shares.shares("small", 2, torch.device("cpu"), training=False)["calls"]["select_tokens"] == 3
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+    def little(name, batch, device, training):
+        if batch > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch, training
+    monkeypatch.setattr(shares, "shares", little)
+    assert list(shares.rows(torch.device("cpu"))) == [(1, False), (2, False), (2, True)] * 2
 
 
 def test_a_real_file_is_accepted(tree):
