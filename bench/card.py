@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -80,7 +81,13 @@ def run(name: str, command: list[str], seconds: float, clocks=lambda: {}) -> dic
     failed = process.returncode != 0 and cut is None
     kind = "model" if name in MODELS else "shares" if name == "shares" else "operator"
     return {"name": name, "kind": kind, "seconds": round(time.monotonic() - start, 1), "cut": cut,
-            "error": (said[-1] if said else f"status {process.returncode}") if failed else None, "clocks": _spread(samples), "rows": rows}
+            "error": _cause(said, process.returncode) if failed else None, "clocks": _spread(samples), "rows": rows}
+
+
+def _cause(said: list[str], status: int) -> str:
+    """The line that names the exception; a CUDA error's text goes on below it."""
+    named = [line for line in said if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt|Unavailable|NonFiniteLoss)\b", line)]
+    return (named or said or [f"status {status}"])[-1]
 
 
 def _kill(process: subprocess.Popen) -> None:

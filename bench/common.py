@@ -44,6 +44,10 @@ def limit(device: torch.device) -> tuple[float, float] | None:
 
 
 def main(rows: Callable[[torch.device], Iterator[dict]]) -> None:
-    """Print the machine and all rows as one JSON document."""
+    """Print the machine and all rows as one JSON document; those before an error too, which then is raised."""
     where = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
-    print(json.dumps({"machine": machine(str(where)), "device": str(where), "rows": list(rows(where))}, indent=2))
+    result = {"machine": machine(str(where)), "device": str(where), "rows": []}
+    try:
+        result["rows"] += rows(where)
+    finally:
+        print(json.dumps(result, indent=2))

@@ -12,7 +12,7 @@ import torch
 from vitprune.train import TrainConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
-from bench import card, collect, render, shares  # noqa: E402
+from bench import card, collect, common, render, shares  # noqa: E402
 
 MACHINE = {"platform": "Linux-6", "python": "3.12.1", "torch": "2.15.0+cu132", "timm": "1.0.31", "vitprune": "0.1.0", "triton": "3.9.0",
            "gpu": "Tesla T4", "cuda": "13.2", "threads": 2}
@@ -151,6 +151,19 @@ def test_a_job_that_is_cut_keeps_its_rows():
 def test_a_job_that_fails_says_why():
     done = card.run("add_norm", [sys.executable, "-c", "raise OSError('no card')"], 30.0)
     assert (done["rows"], done["cut"], done["error"]) == ([], None, "OSError: no card")
+    fault = "raise __import__('torch').AcceleratorError('CUDA error: misaligned address\\nSearch for it.\\nCompile with `DSA` to see more.\\n')"
+    assert card.run("add_norm", [sys.executable, "-c", fault], 60.0)["error"] == "torch.AcceleratorError: CUDA error: misaligned address"
+    assert card.run("add_norm", [sys.executable, "-c", "raise SystemExit(3)"], 30.0)["error"] == "status 3"
+
+
+def test_a_bench_that_fails_prints_what_it_had(monkeypatch, capsys):
+    def rows(device):
+        yield {"ms": 1}
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(sys, "argv", ["bench", "cpu"])
+    with pytest.raises(torch.OutOfMemoryError):
+        common.main(rows)
+    assert json.loads(capsys.readouterr().out)["rows"] == [{"ms": 1}]
 
 
 def once(calls, device, min_time):

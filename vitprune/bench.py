@@ -206,9 +206,9 @@ def machine(device: str = "cpu") -> dict:
     if torch.device(device).type == "cuda":
         facts |= {"gpu": torch.cuda.get_device_name(device), "capability": list(torch.cuda.get_device_capability(device)),
                   "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
-        for name, read in (("gpu_clock_mhz", torch.cuda.clock_rate), ("gpu_watts", torch.cuda.power_draw)):
+        for name, read, unit in (("gpu_clock_mhz", torch.cuda.clock_rate, 1), ("gpu_watts", torch.cuda.power_draw, 1000)):  # milliwatts
             try:
-                facts[name] = read(device)
+                facts[name] = read(device) / unit
             except Exception:  # needs nvidia-ml-py and a driver that answers
                 facts[name] = None
     return {k: v for k, v in facts.items() if v is not None}
