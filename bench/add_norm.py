@@ -2,11 +2,11 @@
 import torch
 from torch.nn import functional as F
 
-from bench.common import forced, kinds, main, times
+from bench.common import kernels, kinds, main, share_of_copy, timed
 from vitprune import cases
 from vitprune.bench import DTYPES
 from vitprune.cases import BATCHES, HEADS, Size, calls
-from vitprune.ops import add_norm, registry
+from vitprune.ops import add_norm
 
 CHANNELS = {name: 64 * heads for name, heads in HEADS.items()}  # DeiT
 KEEPS = {keep: Size(1, 1, keep).kept for keep in cases.KEEPS}  # tokens
@@ -25,10 +25,7 @@ def candidates(device: torch.device, dtype: torch.dtype) -> dict:
     """Name -> function, or the reason why there is none."""
     found = {"eager": lambda x, r, w, b: (s := x + r, F.layer_norm(s, s.shape[-1:], w, b, 1e-6))}
     found["compiled"] = torch.compile(found["eager"], dynamic=False)
-    for name, reason in registry.table("add_norm", device, dtype).items():
-        if name == "triton":
-            found[name] = reason or forced(name, lambda x, r, w, b: add_norm(x, r, w, b, 1e-6))
-    return found
+    return found | kernels("add_norm", device, dtype, lambda x, r, w, b: add_norm(x, r, w, b, 1e-6))
 
 
 def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
@@ -44,13 +41,10 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
                 with torch.set_grad_enabled(backward):
                     ready, refused = calls(functions, args, ups, backward)
                     ready["copy"] = lambda x=x, target=target: target.copy_(x.detach())
-                    ms, spread = times(ready, device, min_time)
-                copied = 2 * x.nbytes
-                moved = (FORWARD + (BACKWARD if backward else 0)) * x.nbytes
-                yield {"B": B, "N": N, "C": C, "dtype": kind, "pass": "forward+backward" if backward else "forward",
-                       "bytes": moved, "macs": 0, "ms": ms, "unavailable": refused,
-                       "spread_ms": spread,
-                       "share_of_copy_bandwidth": {n: (moved / t) / (copied / ms["copy"]) for n, t in ms.items() if n != "copy"}}
+                    row = {"B": B, "N": N, "C": C, "dtype": kind, "pass": "forward+backward" if backward else "forward",
+                           "bytes": (FORWARD + (BACKWARD if backward else 0)) * x.nbytes, "macs": 0, "copied": 2 * x.nbytes,
+                           **timed(ready, device, min_time), "unavailable": refused}
+                yield row | share_of_copy(row)
 
 
 if __name__ == "__main__":

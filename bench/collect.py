@@ -84,6 +84,9 @@ def _job(where: str, job, device: str) -> None:
             spread = row["spread_ms"].get(name)
             (isinstance(spread, list) and len(spread) == 2 and all(map(_number, spread)) and spread[0] <= value <= spread[1]) or fail(
                 f"{at}.spread_ms.{name}", "[least, most] around the median", spread)
+        alone = row.get("gpu_ms", {})
+        (isinstance(alone, dict) and all(_number(t) and t > 0 and name in row["ms"] for name, t in alone.items())) or fail(
+            f"{at}.gpu_ms", "numbers > 0 for names in ms", alone)
 
 
 def _machine(where: str, machine: dict, device: str) -> None:

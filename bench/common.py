@@ -1,18 +1,23 @@
 """What the files bench/OP.py share: each has `rows(device, min_time, brief)`, a generator, and `python -m bench.OP [DEVICE]` prints JSON.
 
 brief: a few shapes and dtypes, those that matter most first, for bench/card.py, which may stop a bench at any row.
+A row has wall time, "ms"; on a GPU also "gpu_ms", without what the host takes and with a cold cache.
 """
+import functools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import torch
 
 from vitprune.bench import DTYPES, interleave, machine
-from vitprune.ops import backend
+from vitprune.ops import backend, registry
 
 LIMITS = {"H200": (4.8e12, 989e12)}  # bytes a second and FLOPs a second in 16 bits, from the data sheet
+REPEATS = 10  # calls of each kind timed on the GPU alone
+CYCLES = 3e9  # a second, no card runs faster
 
 
 def kinds(device: torch.device, brief: bool) -> list[str]:
@@ -30,6 +35,35 @@ def times(calls: dict, device: torch.device, min_time: float) -> tuple[dict[str,
     return {n: statistics.median(t) for n, t in found.items()}, {n: [min(t), max(t)] for n, t in found.items()}
 
 
+def timed(calls: dict, device: torch.device, min_time: float) -> dict:
+    """The columns "ms", "spread_ms" and on a GPU "gpu_ms" of a row."""
+    ms, spread = times(calls, device, min_time)
+    return {"ms": ms, "spread_ms": spread} | ({"gpu_ms": gpu_times(calls, device)} if device.type == "cuda" else {})
+
+
+def gpu_times(calls: dict, device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each of `calls` on the GPU alone: they wait behind a kernel that sleeps until the host has launched them
+    all (a call that waits for the device is timed with its wait), and what the cache holds is overwritten before each."""
+    found = {}
+    with torch.cuda.device(device):
+        spoil = torch.empty(max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 26), dtype=torch.uint8, device=device)
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            launching = time.perf_counter() - start
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+            torch.cuda._sleep(int(CYCLES * min(0.5, 1e-3 + 1.5 * REPEATS * launching)))
+            for before, after in events:
+                spoil.zero_()
+                before.record()
+                call()
+                after.record()
+            torch.cuda.synchronize()
+            found[name] = statistics.median(before.elapsed_time(after) for before, after in events)
+    return found
+
+
 def forced(name: str, function: Callable, **options) -> Callable:
     """function with the backend of that name; the choice is made here, outside of what torch.compile sees."""
     def run(*args, **more):
@@ -38,9 +72,37 @@ def forced(name: str, function: Callable, **options) -> Callable:
     return run
 
 
+def kernels(op: str, device: torch.device, dtype: torch.dtype, function: Callable, **facts) -> dict:
+    """Name -> function with that backend, or its reason to refuse, for every backend of the operator that is not plain PyTorch."""
+    return {name: reason or forced(name, function) for name, reason in registry.table(op, device, dtype, **facts).items()
+            if not registry.find(op, name).composite}
+
+
+@functools.cache
 def limit(device: torch.device) -> tuple[float, float] | None:
-    """The card's entry of LIMITS."""
-    return next((v for k, v in LIMITS.items() if device.type == "cuda" and k in torch.cuda.get_device_name(device)), None)
+    """Bytes and 16-bit FLOPs a second: the card's entry of LIMITS, else what a large copy and a large product reach; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    if known := next((v for k, v in LIMITS.items() if k in torch.cuda.get_device_name(device)), None):
+        return known
+    source, target = (torch.empty(1 << 28, dtype=torch.uint8, device=device) for _ in range(2))
+    a, b = torch.randn(2, 4096, 4096, device=device).to(DTYPES[kinds(device, True)[0]])
+    ms = gpu_times({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, device)
+    return 2e3 * source.nbytes / ms["copy"], 2e3 * 4096 ** 3 / ms["product"]
+
+
+def share_of_limit(device: torch.device, row: dict) -> dict:
+    """The column of that name: the least time that the row's bytes and MACs take on that card over the time taken."""
+    if (most := limit(device)) is None or row["dtype"] == "float32" and row["macs"]:
+        return {}
+    least = 1e3 * max(row["bytes"] / most[0], 2 * row["macs"] / most[1])
+    return {"limit": most, "share_of_limit": {name: least / t for name, t in row["gpu_ms"].items()}}
+
+
+def share_of_copy(row: dict) -> dict:
+    """The column of that name: bytes a second over those of "copy", which moves row["copied"]."""
+    ms = row.get("gpu_ms", row["ms"])
+    return {"share_of_copy_bandwidth": {name: row["bytes"] / t / (row["copied"] / ms["copy"]) for name, t in ms.items() if name != "copy"}}
 
 
 def main(rows: Callable[[torch.device], Iterator[dict]]) -> None:

@@ -1,7 +1,7 @@
 """compact_tokens and expand_rows beside what PyTorch has: `python -m bench.compact_tokens [DEVICE]` prints JSON."""
 import torch
 
-from bench.common import forced, kinds, main, times
+from bench.common import forced, kinds, main, share_of_copy, timed
 from vitprune import cases
 from vitprune.bench import DTYPES
 from vitprune.cases import BATCHES, HEADS, KEEPS, Size, calls
@@ -43,11 +43,10 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
                 for op, args in (("compact_tokens", [x, keep]), ("expand_rows", [packed, starts, keep])):
                     ready, refused = calls(functions[op], args, [], False)
                     ready["copy"] = lambda x=x, target=target: target.copy_(x)
-                    ms, spread = times(ready, device, min_time)
                     moved = (kept + B * N) * C * x.element_size() + B * N  # what is kept is read, all rows are written
-                    yield {"op": op, "B": B, "N": N, "C": C, "keep": ratio, "kept": kept, "dtype": kind, "bytes": moved, "macs": 0,
-                           "ms": ms, "spread_ms": spread, "unavailable": refused,
-                           "share_of_copy_bandwidth": {n: (moved / t) / (2 * x.nbytes / ms["copy"]) for n, t in ms.items() if n != "copy"}}
+                    row = {"op": op, "B": B, "N": N, "C": C, "keep": ratio, "kept": kept, "dtype": kind, "bytes": moved, "macs": 0,
+                           "copied": 2 * x.nbytes, **timed(ready, device, min_time), "unavailable": refused}
+                    yield row | share_of_copy(row)
 
 
 if __name__ == "__main__":

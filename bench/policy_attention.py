@@ -3,13 +3,14 @@ import functools
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.common import forced, kinds, limit, main, times
+from bench.common import forced, kernels, kinds, main, share_of_limit, timed
 from bench.short_attention import heads, merged
 from vitprune import cases
 from vitprune.bench import DTYPES
 from vitprune.cases import HEADS, Size, calls
-from vitprune.ops import policy_attention, registry
+from vitprune.ops import policy_attention
 
 
 def shapes(device: torch.device, brief: bool):
@@ -25,11 +26,25 @@ def ours(x, policy, H: int):
     return merged(policy_attention(*heads(x, H), policy))
 
 
-def masked(x, policy, H: int):
-    """The library's call with a mask: neither eps nor a gradient for the policy, a bound on what can be reached."""
+def sdpa(x, policy, H: int, only: SDPBackend, masked: bool):
+    """The library's call, with a mask or none: neither eps nor a gradient for the policy, a bound on what can be reached."""
     q, k, v = heads(x, H)
-    mask = (policy > 0)[:, None, None, :] | torch.eye(policy.shape[1], dtype=torch.bool, device=x.device)
-    return merged(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    mask = (policy > 0)[:, None, None, :] | torch.eye(policy.shape[1], dtype=torch.bool, device=x.device) if masked else None
+    with sdpa_kernel(only):
+        return merged(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+def saved(function, args) -> int:
+    """Bytes that a call keeps for its gradient beside its arguments."""
+    kept: dict[int, int] = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = function(*args)  # while it is there, so is all it keeps
+    del out
+    return sum(size for at, size in kept.items() if at not in {a.untyped_storage().data_ptr() for a in args})
 
 
 def flex(x, policy, H: int):
@@ -41,14 +56,16 @@ def flex(x, policy, H: int):
 
 def candidates(device: torch.device, dtype: torch.dtype) -> dict:
     """Name -> function(x, policy, H), or the reason why there is none."""
-    reasons = registry.table("policy_attention", device, dtype)
-    return {"eager": forced("reference", ours), "compiled": forced("reference", torch.compile(ours, dynamic=False)), "sdpa mask": masked,
-            "flex": torch.compile(flex, dynamic=False), **{name: reasons[name] or forced(name, ours) for name in ("triton", "cpp")}}
+    found = {"eager": forced("reference", ours), "compiled": forced("reference", torch.compile(ours, dynamic=False)),
+             "flex": torch.compile(flex, dynamic=False)}
+    for only in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+        for masked in (False, True):
+            found[f"sdpa {only.name.lower()}" + " mask" * masked] = functools.partial(sdpa, only=only, masked=masked)
+    return found | kernels("policy_attention", device, dtype, ours)
 
 
 def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
     """A row a shape, dtype and direction: milliseconds, bytes that must move, MACs, and the share of the card's limit."""
-    most = limit(device)
     for kind in kinds(device, brief):
         for B, N, H in shapes(device, brief):
             torch._dynamo.reset()  # one shape's graphs do not count against the next one's
@@ -60,16 +77,15 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
                 with torch.set_grad_enabled(backward):
                     bound = {n: f if isinstance(f, str) else functools.partial(f, H=H) for n, f in functions.items()}
                     ready, refused = calls(bound, inputs, up, backward)
-                    ms, spread = times(ready, device, min_time)
+                    columns = timed(ready, device, min_time)
                 moved = up.nbytes * (4 + 8 * backward)  # q, k, v, out; backward: q, k, v, out, dout and the three gradients
                 macs = 2 * B * H * N * N * 64 * (3.5 if backward else 1)  # backward: five products of that size where the forward has two
                 row = {"B": B, "N": N, "H": H, "dtype": kind, "pass": "forward+backward" if backward else "forward", "bytes": moved,
-                       "macs": macs, "ms": ms, "spread_ms": spread,
-                       "unavailable": {n: r[:160] for n, r in refused.items()}}
-                if most and kind != "float32":
-                    least = 1e3 * max(moved / most[0], 2 * macs / most[1])
-                    row["share_of_limit"] = {n: least / t for n, t in ms.items()}
-                yield row
+                       "macs": macs, **columns, "unavailable": {n: r[:160] for n, r in refused.items()}}
+                if backward:
+                    ours_and_eager = {"eager", *kernels("policy_attention", device, DTYPES[kind], ours)} & ready.keys()
+                    row["saved_bytes"] = {n: saved(bound[n], inputs) for n in sorted(ours_and_eager)}
+                yield row | share_of_limit(device, row)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.add_norm import KEEPS
-from bench.common import forced, kinds, limit, main, times
+from bench.common import forced, kernels, kinds, main, share_of_limit, timed
 from vitprune import cases
 from vitprune.bench import DTYPES
 from vitprune.cases import BATCHES, HEADS, Size, calls
-from vitprune.ops import registry, short_attention
+from vitprune.ops import short_attention
 
 
 def shapes(device: torch.device, brief: bool):
@@ -67,8 +67,8 @@ def candidates(device: torch.device, dtype: torch.dtype) -> dict:
         for masked in (False, True):
             found[f"sdpa {only.name.lower()}" + " mask" * masked] = functools.partial(sdpa, only=only, masked=masked)
     for packed in (False, True):
-        reasons = registry.table("short_attention", device, dtype, packed=packed)
-        found |= {name + " packed" * packed: reasons[name] or forced(name, ours, packed=packed) for name in ("triton", "cpp")}
+        found |= {name + " packed" * packed: function for name, function in kernels(
+            "short_attention", device, dtype, functools.partial(ours, packed=packed), packed=packed).items()}
     return found
 
 
@@ -81,7 +81,6 @@ def waste(N: int) -> dict:
 
 def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
     """A row a shape, dtype and direction: milliseconds, bytes that must move, MACs, and the share of the card's limit."""
-    bound = limit(device)
     for kind in kinds(device, brief):
         functions = candidates(device, DTYPES[kind])
         for B, N, H in shapes(device, brief):
@@ -93,16 +92,13 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
                 with torch.set_grad_enabled(backward):
                     ready, refused = calls({n: f if isinstance(f, str) else lambda x, f=f, H=H: f(x, H) for n, f in functions.items()},
                                            [x], up, backward)
-                    ms, spread = times(ready, device, min_time)
+                    columns = timed(ready, device, min_time)
                 moved = up.nbytes * (4 + 7 * backward)  # q, k, v, out; backward: q, k, v, dout and the three gradients
                 macs = 2 * B * H * N * N * 64 * (3.5 if backward else 1)  # backward: five products of that size where the forward has two
                 row = {"B": B, "N": N, "H": H, "dtype": kind, "pass": "forward+backward" if backward else "forward", "bytes": moved,
-                       "macs": macs, "ms": ms, "spread_ms": spread, "scores_computed": waste(N),
+                       "macs": macs, **columns, "scores_computed": waste(N),
                        "unavailable": {n: r[:160] for n, r in refused.items()}}
-                if bound and kind != "float32":
-                    least = 1e3 * max(moved / bound[0], 2 * macs / bound[1])
-                    row["share_of_limit"] = {n: least / t for n, t in ms.items()}
-                yield row
+                yield row | share_of_limit(device, row)
 
 
 if __name__ == "__main__":

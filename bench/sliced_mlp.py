@@ -5,10 +5,10 @@ import torch
 from torch.nn import functional as F
 
 from bench import masks
-from bench.common import forced, kinds, limit, main, times
+from bench.common import forced, kernels, kinds, main, share_of_limit, timed
 from vitprune.bench import DTYPES
 from vitprune.cases import HEADS, calls
-from vitprune.ops import registry, sliced_linear, sliced_mlp
+from vitprune.ops import sliced_linear, sliced_mlp
 from vitprune.ops.sliced_linear import block_index
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25)
@@ -38,14 +38,14 @@ def compacted(x, w1, b1, w2, b2, live, gelu: bool):
 
 def candidates(operator, device: torch.device, dtype: torch.dtype) -> dict:
     """Name -> (function, whether it takes compacted weights), or the reason why there is none."""
-    reason = registry.table("sliced_mlp" if operator is mlp else "sliced_linear", device, dtype)["triton"]
     compact = functools.partial(compacted, gelu=operator is mlp)
     return {"gather, then library": (forced("reference", operator), False),
             "gather, compiled": (forced("reference", torch.compile(operator, dynamic=False)), False),
             "library on compacted": (compact, True), "compiled on compacted": (torch.compile(compact, dynamic=False), True),
             "max-autotune on compacted": (torch.compile(compact, dynamic=False, mode="max-autotune-no-cudagraphs"), True)
             if device.type == "cuda" else ("for GPUs", True),
-            "triton": (reason or forced("triton", operator), False)}
+            **{name: (function, False) for name, function in kernels(
+                "sliced_mlp" if operator is mlp else "sliced_linear", device, dtype, operator).items()}}
 
 
 def bind(function, live):
@@ -53,8 +53,7 @@ def bind(function, live):
 
 
 def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
-    """A row a shape, live fraction, dtype and direction: milliseconds, MACs, and the share of the card's limit."""
-    most = limit(device)
+    """A row a shape, live fraction, dtype and direction: milliseconds, bytes that must move, MACs, and the share of the card's limit."""
     for kind in kinds(device, brief):
         for (M, C), fraction, operator in ((s, f, o) for s in shapes(device, brief) for f in FRACTIONS for o in (mlp, heads)):
             torch._dynamo.reset()
@@ -73,15 +72,15 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
                     ready |= found[0]
                     refused |= found[1]
                 with torch.set_grad_enabled(backward):
-                    ms, spread = times(ready, device, min_time)
+                    columns = timed(ready, device, min_time)
+                weights = (2 * C + 1) * len(index) + C
+                # Inputs, outputs and weights; what lies between could stay on chip.
+                moved = full[0].element_size() * (2 * M * C + weights + backward * (3 * M * C + 2 * weights))
                 macs = 2 * M * C * len(index) * (3 if backward else 1)
                 row = {"operator": "sliced_mlp" if operator is mlp else "sliced_linear, out and in", "rows": M, "C": C, "live": fraction,
-                       "dtype": kind, "pass": "forward+backward" if backward else "forward", "macs": macs, "ms": ms,
-                       "spread_ms": spread,
+                       "dtype": kind, "pass": "forward+backward" if backward else "forward", "bytes": moved, "macs": macs, **columns,
                        "unavailable": {n: r[:160] for n, r in refused.items()}}
-                if most and kind != "float32":
-                    row["share_of_limit"] = {n: 1e3 * 2 * macs / most[1] / t for n, t in ms.items()}
-                yield row
+                yield row | share_of_limit(device, row)
 
 
 if __name__ == "__main__":

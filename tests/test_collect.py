@@ -1,9 +1,11 @@
 """A card's file: written in parts within a budget, checked field by field, and rendered."""
+import contextlib
 import copy
 import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,7 +14,7 @@ import torch
 from vitprune.train import TrainConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
-from bench import card, collect, common, render, shares  # noqa: E402
+from bench import card, collect, common, policy_attention, render, select_tokens, shares  # noqa: E402
 
 MACHINE = {"platform": "Linux-6", "python": "3.12.1", "torch": "2.15.0+cu132", "timm": "1.0.31", "vitprune": "0.1.0", "triton": "3.9.0",
            "gpu": "Tesla T4", "cuda": "13.2", "threads": 2}
@@ -32,6 +34,7 @@ def model(**change) -> dict:
 def good() -> dict:
     job = {"seconds": 9.0, "cut": None, "error": None, "clocks": {"sm_mhz": [300.0, 1590.0, 1590.0]}}
     rows = [operator("float16", eager=4.0, compiled=2.0, triton=1.0, copy=0.1), operator("float16", eager=1.0, triton=2.0)]
+    rows[0]["gpu_ms"] = {"eager": 3.0, "compiled": 1.5, "triton": 1.0, "copy": 0.1}
     return copy.deepcopy({
         "format": 1, "name": "Tesla T4", "device": "cuda", "date": "2026-11-23T21:00:00+00:00", "machine": MACHINE, "budget": 570.0,
         "seconds": 400.0, "idle_clocks": {"sm_mhz": 300.0},
@@ -65,7 +68,7 @@ def test_merged_and_rendered_idempotently(tree):
     assert text.startswith("before\n<!-- cards -->\n**Tesla T4**, cuda 13.2, torch 2.15.0+cu132, triton 3.9.0")
     assert "1590 MHz under load" in text
     assert "| deit_small_patch16_224 | float32 | 1 | forward | 4.0 | add_norm 25.0% |" in text
-    assert "| `add_norm` | float16 | forward | 2 | triton | 1.00 (0.50 to 2.00) | 1 of 2 | compiled, eager |" in text
+    assert "| `add_norm` | float16 | forward | 2 | triton | 1.00 (0.50 to 2.00) | 1 of 2 | compiled, eager | 1.50 (1.50 to 1.50) |" in text
     assert "Not finished in time, or failed: add_norm (2 rows)." in text
     assert "| deit_small_patch16_224 | tokens 0.7 | float16 | 1 | 4.00 | 2.00 | 2.00 | 1.60 | 1.25 | eager | 4.00 | 2.00 |" in text
     assert text.endswith("<!-- /cards -->\nafter\n")
@@ -122,6 +125,7 @@ def job(i: int, **change) -> dict:
     (job(1, rows=[operator("float16", eager=0)]), r"jobs\[1\].rows\[0\].ms.eager must be a number > 0, got 0"),
     (job(1, rows=[operator("float16", eager=1.0) | {"spread_ms": {"eager": [2, 3]}}]), r"spread_ms.eager must be \[least, most\] around"),
     (job(1, rows=[operator("float16", **{"<script>": 1.0})]), r"jobs\[1\].rows\[0\].ms must be a plain text, got '<script>'"),
+    (job(1, rows=[operator("float16", eager=1.0) | {"gpu_ms": {"eager": -1}}]), r"rows\[0\].gpu_ms must be numbers > 0 for names in ms"),
     (job(0, rows=[{k: v for k, v in model().items() if k != "machine"}]), r"jobs\[0\].rows\[0\].machine must be a dict"),
     (job(0, rows=[model() | {"rows": []}]), r"jobs\[0\].rows\[0\].rows must be a list with at least one row"),
     (job(0, rows=[model(dense_ms="4")]), r"jobs\[0\].rows\[0\].rows\[0\].dense_ms must be a float, got '4'"),
@@ -151,7 +155,7 @@ def test_a_job_that_is_cut_keeps_its_rows():
 def test_a_job_that_fails_says_why():
     done = card.run("add_norm", [sys.executable, "-c", "raise OSError('no card')"], 30.0)
     assert (done["rows"], done["cut"], done["error"]) == ([], None, "OSError: no card")
-    fault = "raise __import__('torch').AcceleratorError('CUDA error: misaligned address\\nSearch for it.\\nCompile with `DSA` to see more.\\n')"
+    fault = "raise __import__('torch').AcceleratorError('CUDA error: misaligned address\\nSearch for it.\\nCompile with `DSA`.\\n')"
     assert card.run("add_norm", [sys.executable, "-c", fault], 60.0)["error"] == "torch.AcceleratorError: CUDA error: misaligned address"
     assert card.run("add_norm", [sys.executable, "-c", "raise SystemExit(3)"], 30.0)["error"] == "status 3"
 
@@ -164,6 +168,55 @@ def test_a_bench_that_fails_prints_what_it_had(monkeypatch, capsys):
     with pytest.raises(torch.OutOfMemoryError):
         common.main(rows)
     assert json.loads(capsys.readouterr().out)["rows"] == [{"ms": 1}]
+
+
+class Card:
+    """A GPU that runs what it is given in order, a clock of its own; stands in for torch.cuda."""
+
+    def __init__(self):
+        self.host, self.queued, self.free = 0.0, [], 0.0
+
+    def work(self, host: float, gpu: float) -> None:
+        self.host += host
+        self.free = max(self.free, self.host) + gpu
+
+    def event(self, enable_timing):
+        assert enable_timing
+        event = SimpleNamespace(record=lambda: setattr(event, "at", max(self.free, self.host)))
+        event.elapsed_time = lambda other: 1e3 * (other.at - event.at)
+        return event
+
+    def synchronize(self) -> None:
+        self.host = self.free = max(self.host, self.free)
+
+
+def test_time_on_the_gpu_alone_is_without_the_host(monkeypatch):
+    gpu = Card()
+    cuda = SimpleNamespace(device=lambda device: contextlib.nullcontext(), synchronize=gpu.synchronize, Event=gpu.event,
+                           _sleep=lambda cycles: gpu.work(0.0, cycles / common.CYCLES),
+                           get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1 << 20))
+    spoil = SimpleNamespace(zero_=lambda: gpu.work(1e-6, 1e-5))
+    monkeypatch.setattr(common, "torch", SimpleNamespace(cuda=cuda, uint8=None, empty=lambda *_, **__: spoil))
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: gpu.host))
+    calls = {"launches": lambda: gpu.work(1e-4, 2e-6), "works": lambda: gpu.work(1e-6, 5e-3)}
+    assert common.gpu_times(calls, None) == pytest.approx({"launches": 0.002, "works": 5.0})
+
+
+def test_what_a_training_call_keeps_is_counted():
+    x, policy = torch.randn(2, 197, 3 * 384, requires_grad=True), torch.ones(2, 197, requires_grad=True)
+    found = policy_attention.candidates(torch.device("cpu"), torch.float32)
+    kept = {name: policy_attention.saved(functools.partial(found[name], H=6), [x, policy]) for name in ("eager", "sdpa math")}
+    scores = 4 * 2 * 6 * 197 * 197
+    assert kept["eager"] > 3 * scores and scores < kept["sdpa math"] < 3 * scores
+    if callable(found["cpp"]):
+        kernel = policy_attention.saved(functools.partial(found["cpp"], H=6), [x, policy])
+        assert kernel == 4 * 2 * 6 * 197 * (64 + 2)  # the output, a maximum and a sum a row
+
+
+def test_official_selection_keeps_the_same_tokens():
+    x, scores = torch.randn(3, 9, 4), torch.randn(3, 8)
+    expected = torch.stack([torch.cat([row[:1], row[1:][s.argsort(descending=True)[:5]]]) for row, s in zip(x, scores)])
+    assert torch.equal(select_tokens.argsort(x, scores, 5), expected)
 
 
 def once(calls, device, min_time):
