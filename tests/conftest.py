@@ -1,6 +1,7 @@
 """What holds for every test: nothing that was tuned on this machine; and for kernels under Triton's interpreter."""
 import ctypes
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -15,6 +16,15 @@ from vitprune import native
 from vitprune.ops import registry
 
 ROOT = Path(__file__).parents[1]
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on a GPU cuBLAS refuses to run under `poison` without
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What passing tests of operators print: how their random cases spread, and what their kernels take of a card."""
+    for report in terminalreporter.stats.get("passed", ()):
+        if Path(report.nodeid.partition("::")[0]).stem.removeprefix("test_") in {*registry.TABLES, "cuda"}:
+            for line in filter(None, report.capstdout.splitlines()):
+                terminalreporter.write_line(f"{report.nodeid.rpartition('/')[2]}  {line}")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -86,7 +86,9 @@ def record(monkeypatch, module, call) -> list[tuple]:
 
 
 def compile_launch(kernel, args, options: dict, arch: int) -> dict:
-    """Compiles a recorded launch for `arch` as Triton would: {"registers", "spills" (bytes), "shared", "ptx", "cubin"}."""
+    """Compiles a recorded launch for `arch` as Triton would, and prints what it takes.
+
+    Returns {"registers", "spills" (bytes), "shared", "ptx", "cubin"}."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -110,5 +112,7 @@ def compile_launch(kernel, args, options: dict, arch: int) -> dict:
         usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path], capture_output=True, text=True,
                                check=True).stdout
     found = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    print(f"{kernel.__name__} sm_{arch}: {found['REG']} registers, {found['STACK'] + found['LOCAL']} B spilled, "
+          f"{compiled.metadata.shared} B shared")
     return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared,
             "ptx": compiled.asm["ptx"], "cubin": compiled.asm["cubin"]}

@@ -168,6 +168,5 @@ def test_triton_compiles(C, dtype, arch, monkeypatch):
     assert len(launches) == 3
     for launch in launches:
         built = compile_launch(*launch, arch)
-        print(C, dtype, arch, launch[0].__name__, built["registers"], built["spills"], built["shared"])
         assert built["spills"] == 0
         assert built["shared"] <= SHARED[arch]

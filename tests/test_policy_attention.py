@@ -245,7 +245,6 @@ def test_triton_compiles(D, dtype, arch, monkeypatch):
         assert len(launches) == 4
         for launch in launches:
             built = compile_launch(*launch, arch)
-            print(D, dtype, arch, eps, launch[0].__name__, built["registers"], built["spills"], built["shared"])
             assert built["spills"] == 0
             assert built["shared"] <= SHARED[arch]
             if arch >= 80 and dtype != torch.float32 and launch[0].__name__ != "delta_kernel":

@@ -377,7 +377,6 @@ def test_triton_compiles(N, D, B, packed, dtype, arch, monkeypatch):
     assert len(launches) == 3
     for launch in launches:
         built = compile_launch(*launch, arch)
-        print(N, D, B, packed, dtype, arch, launch[0].__name__, built["registers"], built["spills"], built["shared"])
         assert built["spills"] == 0
         assert built["shared"] <= SHARED[arch]
         if arch >= 80 and dtype != torch.float32:

@@ -182,7 +182,6 @@ def test_triton_compiles(side, dtype, arch, monkeypatch):
         triton.launch_backward(up, x, w, live, side, 64)
     for kernel, args, options in record(monkeypatch, sliced_product, call):
         built = compile_launch(kernel, args, options, arch)
-        print(kernel.__name__, arch, dtype, {k: built[k] for k in ("registers", "spills", "shared")})
         assert built["spills"] == 0 and built["shared"] <= SHARED[arch]
         if kernel is sliced_product.product_kernel and dtype != torch.float32 and arch >= 80:
             assert "wgmma" in built["ptx"] if arch == 90 and options["ROWS"] >= 64 else "mma" in built["ptx"]
