@@ -31,7 +31,7 @@ def dot(a, b, acc):
 def rows_of(x, b, h, row, n, s_batch, s_head, s_row, s_channel, D: tl.constexpr, WIDTH: tl.constexpr):
     """Rows of one head [rows, WIDTH], zero past n rows and D channels; any strides, 64-bit offsets."""
     channel = tl.arange(0, WIDTH)
-    at = x + b * s_batch + h * s_head + row.to(tl.int64)[:, None] * s_row + channel[None, :] * s_channel
+    at = x + b * s_batch + h * s_head + row.to(tl.int64)[:, None] * s_row + channel.to(tl.int64)[None, :] * s_channel
     return tl.load(at, mask=(row < n)[:, None] & (channel < D)[None, :], other=0.0)
 
 

@@ -52,8 +52,8 @@ def product_kernel(
     first_row, first_column = tile_of(M, N, ROWS, COLUMNS, GROUP)
     row, column, depth = first_row + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     read = place(live, first_column, LIVE_COLUMNS, WIDTH, COLUMNS) + tl.arange(0, COLUMNS)
-    a_tile = a + row[:, None] * a_row + depth[None, :] * a_depth
-    b_tile = b + depth[:, None] * b_depth + read[None, :] * b_column
+    a_tile = a + row[:, None] * a_row + depth.to(tl.int64)[None, :] * a_depth
+    b_tile = b + depth.to(tl.int64)[:, None] * b_depth + read[None, :] * b_column
     span = tl.cdiv(tl.cdiv(K, DEPTH), tl.num_programs(1)) * DEPTH
     start = tl.program_id(1).to(tl.int64) * span
     total = tl.zeros((ROWS, COLUMNS), tl.float32)

@@ -1,0 +1,173 @@
+"""What holds for every operator in every backend: one graph for all sizes, autocast, far offsets, same bits, streams, CUDA graphs."""
+import functools
+
+import pytest
+import torch
+from kernel_checks import DEVICES, INTERPRETED
+from oracles import within_twice_unless_lucky
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from vitprune import cases
+from vitprune.cases import Size
+from vitprune.ops import backend, registry
+
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU")
+KERNELS = ("triton", "cuda")
+SMALL = Size(2, 1, 0.5, tokens=9)
+
+
+def prepared(case, size, device, dtype=torch.float32):
+    """(function, arguments, gradients of its outputs)"""
+    function, args = cases.inputs(case, size, torch.device(device), dtype)
+    with backend("reference"):
+        return function, args, cases.upstream(cases.run(function, args, None))
+
+
+def forced(case, name, device, **facts):
+    """The backend of that name; skips where the operator has none or it cannot run there."""
+    op = case.split()[0]
+    if name not in registry.TABLES[op]:
+        pytest.skip(f"{op} has no {name}")
+    if reason := registry.table(op, torch.device(device), **facts)[name]:
+        pytest.skip(reason)
+    return backend(name)
+
+
+def results(function, args, ups):
+    """Outputs and every gradient; forward alone where the operator has no other in that backend."""
+    return cases.run(function, args, ups)
+
+
+@pytest.mark.parametrize("name, device", [("reference", "cpu"), *(pytest.param("triton", *d.values, marks=d.marks) for d in DEVICES)])
+@pytest.mark.parametrize("case", cases.CASES)
+def test_one_recompilation_serves_every_size(case, name, device):
+    """Whole graphs, forward and backward: the first sizes seen, then one for all others."""
+    function, first, _ = prepared(case, SMALL, device)
+    weights = {"sliced_linear out": (1, 2, 3), "sliced_linear in": (1, 2, 3), "sliced_mlp": (1, 2, 3, 4, 5)}.get(case, ())
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    sizes = [SMALL, *(Size(B, 1, 0.5, tokens=9 if "packed" in case else N) for B, N in ((3, 12), (5, 17), (4, 10)))]
+    with forced(case, name, device):
+        for size in sizes:
+            args = prepared(case, size, device)[1]
+            args = [first[i] if i in weights else a for i, a in enumerate(args)]
+            ups = cases.upstream(cases.run(function, args, None))
+            for got, expected in zip(results(compiled, args, ups), results(function, args, ups), strict=True):
+                torch.testing.assert_close(got, expected)
+    assert 1 <= counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name, device", [pytest.param("triton", *d.values, marks=d.marks) for d in DEVICES])
+@pytest.mark.parametrize("case", [c for c in cases.CASES if c != "score_tokens"])
+def test_autocast(case, name, device):
+    """Under autocast outputs have the plain form's dtypes, gradients those of their tensors, and errors at most twice its."""
+    function, args, ups = prepared(case, Size(2, 1, 0.5, tokens=20), device)
+    truth = results(function, [a.double() if a.is_floating_point() else a for a in args], [u.double() for u in ups])
+    found = {}
+    for which in (name, "reference"):
+        with forced(case, which, device), torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                kinds = [o.dtype for o in cases._list(function(*args))]
+            cast = [u.to(k) for u, k in zip(ups, [k for k in kinds if k.is_floating_point])]
+            found[which] = kinds, results(function, args, cast)
+    assert found[name][0] == found["reference"][0]
+    for got, plain, c in zip(found[name][1], found["reference"][1], truth, strict=True):
+        assert got.dtype == plain.dtype
+        if got.is_floating_point():
+            within_twice_unless_lucky(got if got.dtype == torch.bfloat16 else got.bfloat16(), plain, c)
+
+
+@pytest.fixture
+def far(tmp_path):
+    """far(t): the same values, the rows of its last dimension but one further apart than 2^31 elements allow, in a file of holes."""
+    def place(t, dim):
+        step = 2 ** 31 // min(t.shape[dim] - 1, 63) + 1  # within one head of channels
+        order = [d for d in range(t.dim()) if d != dim]
+        stride, inner = [0] * t.dim(), 1
+        for d in reversed(order):
+            stride[d], inner = inner, inner * t.shape[d]
+        stride[dim] = step
+        assert inner <= step
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        size = step * t.shape[dim]
+        with path.open("wb") as file:
+            file.truncate(size * t.element_size())
+        whole = torch.from_file(str(path), shared=True, size=size, dtype=t.dtype)
+        return whole.as_strided(t.shape, stride).copy_(t)
+    return place
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")
+@pytest.mark.parametrize("case", [c for c in cases.CASES if c != "score_tokens"])
+def test_offsets_past_two_to_the_31(case, far):
+    """Every tensor of two dimensions or more, along each of them: offsets are 64-bit."""
+    function, args, ups = prepared(case, SMALL, "cpu", torch.float16)
+    with backend("triton"):
+        expected = results(function, args, ups)
+        for i, a in enumerate(args):
+            for dim in range(a.dim() if a.dim() > 1 and a.is_floating_point() else 0):
+                if a.shape[dim] > 1:
+                    moved = [far(a, dim) if i == j else b for j, b in enumerate(args)]
+                    for got, same in zip(results(function, moved, ups), expected, strict=True):
+                        torch.testing.assert_close(got, same, rtol=1e-3, atol=1e-3)
+
+
+@ON_GPU
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("case", cases.CASES)
+@pytest.mark.parametrize("size", [SMALL, Size(4, 6, 0.7)], ids=["small", "real"])
+def test_same_bits_a_thousand_times_in_graphs_and_streams(case, name, size):
+    device = torch.device("cuda", torch.cuda.device_count() - 1)  # where there are several, not the current one
+    function, args, ups = prepared(case, size, device, torch.float16)
+    with forced(case, name, device):
+        try:
+            results(function, args, ups)
+        except RuntimeError as error:
+            if "forward only" not in str(error):
+                raise
+            ups = None
+        first = results(function, args, ups)
+        for _ in range(1000):
+            assert all(torch.equal(a, b) for a, b in zip(results(function, args, ups), first, strict=True))
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            assert all(torch.equal(a, b) for a, b in zip(results(function, args, ups), first, strict=True))
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            with torch.cuda.graph(graph):
+                captured = results(function, args, ups)
+            for _ in range(3):
+                for t in captured:
+                    t.zero_()
+                graph.replay()
+                assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
+
+
+@ON_GPU
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("case", [c for c in cases.CASES if not c.startswith(("score", "sliced"))])
+def test_more_than_two_to_the_31_elements(case, name):
+    """The last images of a batch that large are as those of a small one; attention and selection treat each image alone."""
+    device = torch.device("cuda")
+    if torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB")
+    rows = 2 ** 31 // (64 * 12 * (3 if "attention" in case else 1)) // 197 + 2
+    function, args = cases.inputs(case, Size(rows, 12, 1.0), device, torch.float16)
+    with forced(case, name, device):
+        whole = cases.run(function, args, None)[0]
+        tail = cases.run(*tail_of(case, args, rows), None)[0]
+    torch.testing.assert_close(whole.flatten(0, -2)[-tail.flatten(0, -2).shape[0]:], tail.flatten(0, -2))
+
+
+def tail_of(case, args, rows):
+    """The same call on the last two images."""
+    function = functools.partial(cases.inputs, case, Size(2, 12, 1.0), args[0].device, torch.float16)()[0]
+    if case == "short_attention packed":
+        return function, [args[0][-2 * 197:], args[1][:3]]
+    if case == "expand_rows":
+        return function, [args[0][-2 * 197:], args[1][:3], args[2][-2:]]
+    return function, [a[-2:] if a.shape[:1] == (rows,) else a for a in args]
