@@ -50,7 +50,8 @@ def reference(x: Tensor, keep: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """The definition: a stable sort of the mask brings kept tokens forward in order."""
     B, N, C = x.shape
     cu_seqlens = _sequence_starts(keep)
-    torch._assert_async((cu_seqlens[-1] <= capacity), f"compact_tokens: more tokens kept than capacity {capacity}")
+    number = "" if torch.compiler.is_compiling() else f" {capacity}"  # a graph that names it is for that capacity alone
+    torch._assert_async((cu_seqlens[-1] <= capacity), f"compact_tokens: more tokens kept than capacity{number}")
     source = (~keep.reshape(-1)).to(torch.uint8).sort(stable=True).indices[:capacity]
     rows = x.reshape(B * N, C).index_select(0, source)
     live = torch.arange(source.numel(), device=x.device) < cu_seqlens[-1]
