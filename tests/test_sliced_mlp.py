@@ -47,8 +47,9 @@ def test_dead_units_get_exactly_zero():
 def cases(draw, real: bool):
     blocks = 4 if real else draw(st.integers(1, 4))
     live = draw(st.permutations(range(blocks)))[:draw(st.integers(0, blocks))]
-    shape = (1, draw(st.integers(64, 260))) if real else (draw(st.integers(0, 3)), draw(st.integers(0, 40)))
-    return {"shape": shape, "C": draw(st.sampled_from((64, 128))) if real else draw(st.integers(1, 50)), "blocks": blocks, "live": live,
+    heads, shape = draw(st.sampled_from((1, 2))), (draw(st.integers(0, 3)), draw(st.integers(0, 40)))
+    shape = (4 // heads, draw(st.integers(64, 260))) if real else shape
+    return {"shape": shape, "C": 64 * heads if real else draw(st.integers(1, 50)), "blocks": blocks, "live": live,
             "width": 64 if real else draw(st.sampled_from((16, 32, 48))), "real": real,
             "b1": draw(st.booleans()), "b2": draw(st.booleans()), "residual": draw(st.booleans()),
             "dtype": draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32))), "seed": draw(st.integers(0, 2 ** 32 - 1))}
