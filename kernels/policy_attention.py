@@ -209,17 +209,17 @@ def query_gradient_kernel(
 
 
 def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
-    """Tiles and warps of the forward pass, and of both kernels of the backward pass, loads in flight of the forward pass:
-    what spills nowhere."""
+    """Tiles and warps of the forward pass, and of both kernels of the backward pass; loads in flight of either: what spills nowhere."""
     wide, narrow = shape["D"] > 64, shape["D"] <= 32
     if arch < 80 or (dtype == torch.float32 and wide):
         forward = backward = 16, 16, 8
     elif dtype == torch.float32:
         forward = backward = (32, 16, 4) if narrow else (32, 32, 8)
     else:
-        forward, backward = (64, 32, 8 if wide or narrow else 4), (32, 32 if wide or narrow else 64, 4)
-    names = ("queries", "keys", "num_warps", "backward_queries", "backward_keys", "backward_warps", "num_stages")
-    return dict(zip(names, (*forward, *backward, 1 if dtype == torch.float32 and wide else 3)))
+        forward, backward = (64, 32, 8), (32, 32 if wide or narrow else 64, 4)
+    names = ("queries", "keys", "num_warps", "backward_queries", "backward_keys", "backward_warps", "num_stages", "backward_stages")
+    stages = (3, 2) if dtype != torch.float32 else (2, 1) if wide else (3, 3)
+    return dict(zip(names, (*forward, *backward, *stages)))
 
 
 def candidates(dtype: torch.dtype, arch: int, **shape: int) -> list[dict]:
@@ -272,7 +272,8 @@ def launch_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tenso
     config = config or _config(q)
     width, queries, keys = triton.next_power_of_2(D), config["backward_queries"], config["backward_keys"]
     rows = 4096 // max(width, 64)
-    sizes = {"D": D, "WIDTH": width, "EPS": eps > 0, "QUERIES": queries, "KEYS": keys, "num_warps": config["backward_warps"]}
+    sizes = {"D": D, "WIDTH": width, "EPS": eps > 0, "QUERIES": queries, "KEYS": keys, "num_warps": config["backward_warps"],
+             "num_stages": config["backward_stages"]}
     inputs = (q, k, v, policy, dout, m, z, delta)
     strides = (*q.stride(), *k.stride(), *v.stride(), *policy.stride(), *dout.stride())
     with _on(q.device):

@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
 from kernel_checks import ARCHS, CPP, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
 from oracles import attention, check_operator, within_twice, within_twice_unless_lucky
+from torch.nn import functional as F
 
 from vitprune import ops
 from vitprune.ops import backend
@@ -166,6 +169,46 @@ def test_kernel(name, device, count):
 
 
 @pytest.mark.parametrize("name, device", KERNELS)
+def test_golden_units(name, device):
+    """The official code's weights and gradients: queries that are the scores, keys and values that are unit vectors."""
+    golden = np.load(Path(__file__).parent / "data" / "golden_units.npz")
+    B, H, N, _ = golden["swp_attn"].shape
+    scores, up = (F.pad(torch.from_numpy(golden[f"swp_{key}"]), (0, 32 - N)).to(device) for key in ("attn", "w"))
+    units, policy = torch.eye(N, 32, device=device).expand(B, H, N, 32), torch.from_numpy(golden["swp_policy"])[..., 0].to(device)
+    for kind, dtype in (("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)):
+        if name == "cpp" and dtype == torch.float16:
+            continue
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (scores, units, units, policy)]
+        wide = [t.detach().double().requires_grad_() for t in leaves]
+
+        def results(out, of):
+            dq, _, _, dpolicy = torch.autograd.grad(out, of, up.to(dtype).to(out.dtype))  # noqa: B023
+            return out[..., :N], dq[..., :N], dpolicy[..., None]  # noqa: B023
+        with backend(name):
+            got = results(ops.policy_attention(*leaves, scale=1.0), leaves)
+        with backend("reference"):
+            plain = results(ops.policy_attention(*wide, scale=1.0), wide)
+        form = results(torch.ops.vitprune.policy_attention(*wide, 1.0, 1e-6, "reference")[0], wide)  # the maximum held, as in kernels
+        for a, b, c, key in zip(got, plain, form, ("out", "gattn", "gpol")):
+            official = torch.from_numpy(golden[f"swp_{kind}_{key}"]).to(device)
+            assert (a.double() - c).abs().max() <= 2 * (official.double() - b).abs().max() + 1e-5
+            torch.testing.assert_close(b, c, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, device", KERNELS)
+@pytest.mark.parametrize("B, H, N, D", [(257, 1, 1, 32), (1, 1, 2, 64), (2, 1, 15, 80), (1, 2, 16, 48), (1, 1, 17, 96), (1, 1, 50, 112),
+                                        (1, 1, 196, 64), (1, 1, 197, 64), (1, 1, 198, 128)])
+def test_edges(name, device, B, H, N, D):
+    torch.manual_seed(0)
+    for eps in (1e-6, 0.0):
+        for share in (0.0, 0.5, 1.0) if B == 1 else (0.5,):  # no key but a token's own, some, all
+            tensors = [*(torch.randn(B, H, N, D, device=device) for _ in range(3)), (torch.rand(B, N, device=device) < share).float()]
+            up = torch.randn(B, H, N, D, device=device)
+            for a, b in zip(run(name, tensors, up, eps), run("truth", tensors, up, eps, torch.Tensor.double)):
+                assert (a.double() - b).abs().max() <= 1e-5 * (1 + b.abs().max())
+
+
+@pytest.mark.parametrize("name, device", KERNELS)
 def test_long_sequences_and_large_scores(name, device):
     torch.manual_seed(0)
     for N, eps in ((577, 1e-6), (1025, 0.0)):
@@ -249,3 +292,5 @@ def test_triton_compiles(D, dtype, arch, monkeypatch):
             assert built["shared"] <= SHARED[arch]
             if arch >= 80 and dtype != torch.float32 and launch[0].__name__ != "delta_kernel":
                 assert "mma.sync" in built["ptx"] or "wgmma" in built["ptx"] or "tcgen05" in built["ptx"]
+            if arch == 90 and dtype != torch.float32 and launch[0].__name__ == "forward_kernel":
+                assert "wgmma" in built["ptx"]
