@@ -3,7 +3,7 @@ import pytest
 import torch
 from kernel_checks import ARCHS, CPP, INTERPRETED, SHARED, compile_launch, record
 from oracles import check_operator
-from select_tokens_cases import case, check
+from select_tokens_cases import case, check, describe
 
 from vitprune import native
 from vitprune.ops import backend, registry, select_tokens
@@ -62,6 +62,28 @@ def test_triton_interpreted(part):
     for seed in range(part * 250, (part + 1) * 250):
         check(forced("triton"), seed)
     check(forced("triton"), part, large=True)
+    print(describe(case(seed) for seed in range(part * 250, (part + 1) * 250)))
+
+
+@pytest.mark.interpreter
+@pytest.mark.long
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter is off: TRITON_INTERPRET=1")
+@pytest.mark.parametrize("part", range(10))
+def test_triton_interpreted_at_length(part):
+    pytest.importorskip("triton")
+    for seed in range(1000 + part * 1000, 2000 + part * 1000):
+        check(forced("triton"), seed)
+    print(describe(case(seed) for seed in range(1000 + part * 1000, 2000 + part * 1000)))
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=[pytest.mark.interpreter, pytest.mark.skipif(
+    not INTERPRETED, reason="Triton's interpreter is off: TRITON_INTERPRET=1")]), ON_GPU])
+def test_triton_edges(device):
+    for B, N in ((257, 1), (1, 2), (2, 15), (1, 16), (2, 17), (1, 50), (1, 196), (1, 197), (1, 198), (1, 577), (1, 1025)):
+        x, scores = torch.randn(B, N + 1, 3, device=device), torch.randint(0, 4, (B, N), device=device).float()
+        for k in {0, 1, N}:
+            for got, expected in zip(forced("triton")(x, scores, k, 1), forced("reference")(x, scores, k, 1)):
+                assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=[pytest.mark.interpreter, pytest.mark.skipif(
@@ -70,7 +92,7 @@ def test_triton_interpreted(part):
 def test_triton_gradient(device, count):
     """The gradient of x is that of the kept rows in their places and zero elsewhere, bit for bit."""
     for seed in range(count):
-        x, scores, k, prefix = case(seed, device=device, large=seed % 100 == 99)
+        x, scores, k, prefix = case(seed, device=device, large=seed % 100 == 98)
         leaf = x.detach().requires_grad_()
         with backend("reference"):
             tokens, ids = select_tokens(leaf, scores, k, prefix=prefix)
@@ -78,6 +100,7 @@ def test_triton_gradient(device, count):
         up = up if seed % 3 else up.transpose(0, 2).contiguous().transpose(0, 2)
         expected, = torch.autograd.grad(tokens, leaf, up)
         assert torch.equal(torch.ops.vitprune.select_tokens_backward(up, ids, prefix, x.shape[1]), expected), seed
+    print(describe(case(seed, large=seed % 100 == 98) for seed in range(count)))
     x, scores = torch.randn(2, 6, 3, device=device), torch.randn(2, 5, device=device)
     torch.library.opcheck(torch.ops.vitprune.select_tokens.default, (x.clone().requires_grad_(), scores, 3, 1, "triton"))
     with backend("triton"):
