@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 
 import pytest
 import torch
@@ -41,6 +42,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(cases, "CASES", {OP: lambda size, make: (toy, [make.normal(size.B * 200, 3)])})
     monkeypatch.setattr(dispatch, "card", lambda device: "Card A")
     monkeypatch.setattr(configs, "_tuned", {})
+    monkeypatch.setattr(configs, "_said", set())
     monkeypatch.setattr(tune, "interpreted", lambda device: False)
     have(Backend("reference", slow, composite=True), Backend("fast", lambda x: x + x, composite=True),
          Backend("wrong", lambda x: x * 2.01, composite=True), Backend("broken", failing, composite=True),
@@ -204,7 +206,13 @@ def test_configurations_are_checked_and_the_fastest_is_used(machine, monkeypatch
     path.write_text(json.dumps({"card": "Card A", "versions": {}, "choices": [], "disabled": [], "configs": tune._table(found)}))
     registry.reload()
     assert chosen(large=True) == "reference"
-    assert configs.nearest(OP, 80, torch.float32, (("R", 300),)) == {"sleep": 0, "error": 0}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert configs.nearest(OP, 80, torch.float32, (("R", 200),)) == {"sleep": 0, "error": 0}
+        assert not said
+        for rows in (300, 400):
+            assert configs.nearest(OP, 80, torch.float32, (("R", rows),)) == {"sleep": 0, "error": 0}
+    assert [str(w.message) for w in said] == ["toy: no launch configuration is tuned for R 300, that of R 200 serves; said once"]
     assert configs.nearest(OP, 80, torch.float16, (("R", 300),)) is None
 
 

@@ -1,12 +1,14 @@
 """Tuned launch configurations: sm90.json holds those of compute capability 9.0.
 
-{operator: {dtype: [{"shape": {name: int}, "config": {name: int}}]}}; a shape that is not listed takes the nearest that is.
+{operator: {dtype: [{"shape": {name: int}, "config": {name: int}}]}}; a shape that is not listed takes the nearest that is, which
+is said once for each operator.
 What was tuned on this very card goes before it (`use`). Beside it lie the dispatch files of measured cards (vitprune/ops/dispatch.py).
 """
 import contextlib
 import functools
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 _tuned: dict[int, dict] = {}   # by compute capability, a table as in the files
+_said: set[str] = set()        # operators for which the nearest configuration served
 _probe: dict[tuple, dict | None] | None = None  # not by thread: a gradient runs in another
 
 
@@ -76,4 +79,11 @@ def _nearest(op: str, arch: int, dtype: torch.dtype, shape: tuple[tuple[str, int
     def distance(row: dict) -> float:
         return sum(abs(math.log2(max(size, 1) / max(row["shape"].get(name, 1), 1))) for name, size in shape)
 
-    return dict(min(rows, key=distance)["config"]) if rows else None
+    if not rows:
+        return None
+    row = min(rows, key=distance)
+    if distance(row) and op not in _said:
+        _said.add(op)
+        near, asked = (", ".join(f"{name} {size}" for name, size in sizes) for sizes in (row["shape"].items(), shape))
+        warnings.warn(f"{op}: no launch configuration is tuned for {asked}, that of {near} serves; said once", stacklevel=2)
+    return dict(row["config"])
