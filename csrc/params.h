@@ -22,13 +22,14 @@ struct PolicyAttentionParams {
   const void *q, *k, *v;  // [B, H, N, D], any strides
   const float *policy;    // [B, N], contiguous
   void *out;              // [B, H, N, D], any strides
-  float *m, *z;           // [B, H, N], contiguous: each row's maximum and sum
+  float *m, *z;           // [B, H, N], contiguous: each row's maximum (CUDA: in units of log 2) and sum
   const void *dout;       // as out; null in the forward pass, with all that follows
   void *dq, *dk, *dv;     // [B, H, N, D], contiguous
   float *dpolicy;         // [B, H, N], contiguous: a share of each head
+  float *delta;           // [B, H, N], contiguous: the row sums of dout * out, from the kernel for dq to that for dk (CUDA)
   long long q_strides[4], k_strides[4], v_strides[4], out_strides[4], dout_strides[4];  // in elements
   float scale, eps;
-  int bfloat16;  // 1: of q, k, v, out and their gradients; 0: float32
+  int bfloat16;  // 1: of q, k, v, out and their gradients; 0: float32 (CPU; a CUDA kernel has its dtype in its name)
   int B, H, N, D;
 };
 

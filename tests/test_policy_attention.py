@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, CPP, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
+from kernel_checks import ARCHS, CPP, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
 from oracles import attention, check_operator, within_twice, within_twice_unless_lucky
 from torch.nn import functional as F
 
@@ -12,7 +12,7 @@ from vitprune import ops
 from vitprune.ops import backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KERNELS = kernels("triton", cpp=CPP)
+KERNELS, EMULATED = [*kernels("triton", cpp=CPP), CUDA[0]], CUDA[1:]
 pytestmark = pytest.mark.usefixtures("poison")
 
 
@@ -159,13 +159,23 @@ def check(case, name, device, unlucky):
             within_twice_unless_lucky(a, c + 3 * (worse - c), c, 32 if a.dtype == torch.float32 else 8)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name, device", KERNELS)
-def test_kernel(name, device, count):
+def check_many(name, device, count):
     unlucky = []
     explore(lambda case: check(case, name, device, unlucky), cases(name, False), cases(name, True), count, describe)
     print("outputs and gradients beyond twice the error:", len(unlucky))
     assert len(unlucky) <= count // 20
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name, device", KERNELS)
+def test_kernel(name, device, count):
+    check_many(name, device, count)
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name, device", EMULATED)
+def test_emulated(name, device, count):
+    check_many(name, device, count)
 
 
 @pytest.mark.parametrize("name, device", KERNELS)
@@ -208,7 +218,7 @@ def test_edges(name, device, B, H, N, D):
                 assert (a.double() - b).abs().max() <= 1e-5 * (1 + b.abs().max())
 
 
-@pytest.mark.parametrize("name, device", KERNELS)
+@pytest.mark.parametrize("name, device", KERNELS + EMULATED)
 def test_long_sequences_and_large_scores(name, device):
     torch.manual_seed(0)
     for N, eps in ((577, 1e-6), (1025, 0.0)):
@@ -218,7 +228,7 @@ def test_long_sequences_and_large_scores(name, device):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name, device", KERNELS)
+@pytest.mark.parametrize("name, device", KERNELS + EMULATED)
 def test_keeps_what_is_dropped_apart(name, device):
     """eps = 0: NaN, infinities and huge scores of dropped tokens stay in their own rows; a token alone sees itself."""
     torch.manual_seed(0)
@@ -237,7 +247,7 @@ def test_keeps_what_is_dropped_apart(name, device):
         torch.testing.assert_close(alone, v[:, :, 8:9])
 
 
-@pytest.mark.parametrize("name, device", KERNELS)
+@pytest.mark.parametrize("name, device", KERNELS + EMULATED)
 @pytest.mark.parametrize("eps", [1e-6, 0.0])
 def test_kernel_registered_and_deterministic(name, device, eps):
     torch.manual_seed(0)

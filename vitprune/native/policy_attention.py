@@ -1,9 +1,11 @@
-"""`vitprune.ops.policy_attention` in C++."""
+"""`vitprune.ops.policy_attention` in C++ and CUDA C++."""
 import torch
 from torch import Tensor
 
 from .. import native
-from . import _native
+from . import KINDS, _native
+
+OP = "policy_attention"
 
 
 def refuses_cpp(device: torch.device, dtype: torch.dtype, **_) -> str | None:
@@ -30,10 +32,62 @@ def backward_cpp(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, 
 
 
 def _run(scale: float, eps: float, forward: tuple[Tensor, ...], dout: Tensor | None = None, *gradients: Tensor) -> None:
-    q, k, v, policy, out, m, z = forward
-    policy = policy.float().contiguous()
+    q, k, v, policy, *rest = forward
+    policy = policy.float().contiguous()  # named: it must outlive the call
+    _native.policy_attention_cpu(_params(scale, eps, (q, k, v, policy, *rest), dout, *gradients), torch.get_num_threads())
+
+
+def _params(scale: float, eps: float, forward: tuple[Tensor, ...], dout: Tensor | None, *rest: Tensor):
+    """The struct of both; rest: gradients and what else it ends with."""
+    q, k, v, _, out, *_ = forward
     strided = (q, k, v, out, out if dout is None else dout)
-    addresses = [0 if t is None else t.data_ptr() for t in (q, k, v, policy, out, m, z, dout, *(gradients or (None,) * 4))]
-    params = _native.PolicyAttentionParams(tuple(addresses), tuple(q.shape), tuple(s for t in strided for s in t.stride()), scale, eps,
-                                           q.dtype == torch.bfloat16)
-    _native.policy_attention_cpu(params, torch.get_num_threads())
+    addresses = [0 if t is None else t.data_ptr() for t in (*forward, dout, *rest, *(None,) * (5 - len(rest)))]
+    return _native.PolicyAttentionParams(tuple(addresses), tuple(q.shape), tuple(s for t in strided for s in t.stride()), scale, eps,
+                                         q.dtype == torch.bfloat16)
+
+
+def refuses_cuda(device: torch.device, dtype: torch.dtype, *, fits: bool = True, **_) -> str | None:
+    """Why `cuda` cannot serve, or None. dtype: of q, k and v; fits: whether a head's width is a multiple of 16 up to 128."""
+    if reason := native.reason_cuda(device, OP):
+        return reason
+    if dtype not in KINDS:
+        return f"no kernel for {dtype}"
+    return None if fits else "a head's width is not a multiple of 16 in 16..128"
+
+
+def cuda(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, H, N, D], a transposed [B, N, H, D]; row maxima (in units of log 2) and sums [B, H, N], float32. In one launch."""
+    B, H, N, D = q.shape
+    out = torch.empty(B, N, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
+    m, z = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
+    q, k, v, policy = _aligned(q), _aligned(k), _aligned(v), policy.float().contiguous()
+    _launch("forward", 1, _params(scale, eps, (q, k, v, policy, out, m, z), None), q)
+    return out, m, z
+
+
+def backward_cuda(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: Tensor, m: Tensor, z: Tensor,
+                  scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and policy in two launches; m is held constant, which changes them by the order of eps."""
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dpolicy, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+    dout, q, k, v, out = map(_aligned, (dout, q, k, v, out))
+    kept = policy.float().contiguous()
+    params = _params(scale, eps, (q, k, v, kept, out, m, z), dout, dq, dk, dv, dpolicy, delta)
+    _launch("query_gradient", 2, params, q)  # writes delta
+    _launch("key_gradient", 2, params, q)
+    return dq, dk, dv, dpolicy.sum(1).to(policy.dtype)
+
+
+def _launch(which: str, own: int, params, q: Tensor) -> None:
+    """own: tensors of which a thread block owns rows, as in csrc/cuda/policy_attention.cu."""
+    B, H, N, D = q.shape
+    width = next(w for w in (32, 64, 128) if D <= w)
+    warps = 2 // own if width * q.element_size() > 256 else 4
+    native.launch(OP, f"{OP}_{which}_{KINDS[q.dtype]}_{width}", (B * H * -(-N // (16 * warps)), 1), 32 * warps, params, q.device)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t [B, H, N, D], or a copy of which rows can be read 16 bytes at a time."""
+    unit = 16 // t.element_size()
+    fits = t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(s % unit == 0 for s in t.stride()[:3])
+    return t if fits else t.clone(memory_format=torch.contiguous_format)

@@ -120,6 +120,8 @@ def _backward(dout, q, k, v, policy, out, m, z, scale: float, eps: float, backen
         return triton.launch_backward(dout, q, k, v, policy, out, m, z, scale, eps)
     if backend == "cpp":
         return native.backward_cpp(dout, q, k, v, policy, out, m, z, scale, eps)
+    if backend == "cuda":
+        return native.backward_cuda(dout, q, k, v, policy, out, m, z, scale, eps)
     e, pairs, _, _ = _weights(q, k, policy, scale, eps)
     dtype, zp = e.dtype, (z + eps)[..., None]
     a = (e * pairs + eps / q.shape[2]) / zp
@@ -180,4 +182,5 @@ define(OP + "_backward", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor pol
 gradient(OP, _gradient, _setup)
 # Nothing has been measured on a GPU yet: PyTorch's own calls come first there.
 serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
-      Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))
+      Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses),
+      Backend("cuda", native.cuda, refuses=native.refuses_cuda))
