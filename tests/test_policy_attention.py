@@ -265,6 +265,59 @@ def test_kernel_registered_and_deterministic(name, device, eps):
         assert compiled(*(t[:, :, :7] for t in tensors[:3]), tensors[3][:, :7]).shape == (2, 2, 7, 32)
 
 
+@pytest.mark.parametrize("name, device", CUDA)
+@pytest.mark.parametrize("eps", [1e-6, 0.0])
+def test_cuda_edges(name, device, eps):
+    """Few images, tokens and heads, lengths around a step and around a block, the widest and narrowest heads."""
+    torch.manual_seed(0)
+    for shape in ((0, 2, 5, 16), (2, 2, 0, 16), (2, 0, 3, 16)):  # nothing is launched
+        q, policy = torch.randn(shape, device=device), torch.rand(shape[0], shape[2], device=device)
+        out, m, z = torch.ops.vitprune.policy_attention(q, q, q, policy, 0.25, eps, name)
+        grads = torch.ops.vitprune.policy_attention_backward(q, q, q, q, policy, out, m, z, 0.25, eps, name)
+        assert [t.shape for t in (out, *grads)] == [q.shape] * 4 + [policy.shape] and not grads[3].any()
+    for B, N, H, D in [(1, 1, 1, 16), (33, 1, 1, 16), (2, 15, 1, 16), (1, 16, 2, 48), (1, 17, 1, 32), (1, 33, 1, 128), (1, 63, 1, 80),
+                       (1, 64, 1, 64), (1, 65, 1, 112)]:
+        for dtype in (torch.float32, torch.float16):
+            qkv = [torch.randn(B, H, N, D, device=device).to(dtype) for _ in range(3)]
+            tensors, up = [*qkv, torch.randint(2, (B, N), device=device).to(dtype)], torch.randn(B, H, N, D, device=device).to(dtype)
+            for a, b in zip(run(name, tensors, up, eps), run("truth", tensors, up, eps, torch.Tensor.double)):
+                rtol, atol = (1e-4, 2e-5) if dtype == torch.float32 else (4e-3, 4e-3)
+                torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol * max(1, b.abs().max().item() if b.numel() else 1))
+
+
+@pytest.mark.parametrize("name, device", CUDA)
+def test_cuda_weighs_keys_far_below_a_dropped_one(name, device):
+    """eps > 0: weights of e^-10 and less, which half precision has no digits for, count as in the definition; gradients of other rows
+    stay finite where a dropped token's value is not (eps = 0)."""
+    torch.manual_seed(0)
+    for gap in (10.0, 13.0, 30.0):
+        q, k, v, up = (torch.randn(1, 1, 20, 32, device=device).half() for _ in range(4))
+        q[..., 0], k[..., 0] = 1, 0
+        k[:, :, 5, 0] = gap * 32 ** 0.5
+        policy = torch.ones(1, 20, device=device)
+        policy[:, 5] = 0
+        for out, truth, plain in zip(*(run(n, (q, k, v, policy), up, 1e-6, f) for n, f in (
+                (name, lambda t: t), ("truth", torch.Tensor.double), ("reference", lambda t: t)))):
+            error = (plain.double() - truth).abs().max() + torch.finfo(torch.float16).eps * truth.abs().max()
+            assert (out.double() - truth).abs().max() <= 2 * error
+    v[:, :, 5] = torch.inf
+    with backend(name):
+        q.requires_grad_()
+        dq, = torch.autograd.grad(ops.policy_attention(q, k, v, policy, eps=0), q, up)
+    assert dq[:, :, [i for i in range(20) if i != 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("name, device", CUDA)
+def test_cuda_refuses(name, device):
+    q = torch.randn(1, 1, 4, 8, device=device)
+    with backend("cuda"):
+        for D in (8, 40, 144):
+            with pytest.raises(RuntimeError, match="a head's width is not a multiple of 16 in 16..128"):
+                ops.policy_attention(*(q.new_ones(1, 1, 4, D),) * 3, torch.ones(1, 4, device=device))
+        with pytest.raises(RuntimeError, match="no kernel for torch.float64"):
+            ops.policy_attention(*(q.double(),) * 3, torch.ones(1, 4, device=device).double())
+
+
 def test_compiled_with_dynamic_sizes():
     compiled = torch.compile(ops.policy_attention, fullgraph=True, backend="aot_eager", dynamic=True)
     for B, H, N, D in ((2, 3, 5, 16), (3, 2, 7, 32)):

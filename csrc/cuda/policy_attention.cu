@@ -6,7 +6,7 @@
 
 constexpr float LOG2E = 1.44269504f;
 constexpr float HIGHEST = 80 * LOG2E;  // above its row's maximum: a dropped key's score, for the gradient of its policy
-constexpr float LIFT = 10;  // weights are 2^LIFT as large before the division: none becomes subnormal in f16 that the sum notices
+constexpr float LIFT = 10, LOWER = 1 / 1024.0f;  // weights are 2^LIFT as large on the way: no subnormals in f16 where they count beside eps
 
 template <typename T, int WIDTH, int OWN>  // WIDTH: D rounded up; OWN: tensors of which a block owns rows
 struct Tiles {
@@ -114,6 +114,16 @@ __device__ void add_rows(float (&o)[2][4], const T *v, int pitch) {
   }
 }
 
+// sum[0] and sum[2] += the sums of w's rows g and g + 8 as add_weighted rounds them: what the output is best divided by.
+template <typename T>
+__device__ void add_rounded(float (&sum)[4], const float (&w)[2][4]) {
+  if constexpr (HAS_MMA<T>) {
+    const unsigned a[4] = {pack<T>(w[0][0], w[0][1]), pack<T>(w[0][2], w[0][3]), pack<T>(w[1][0], w[1][1]), pack<T>(w[1][2], w[1][3])};
+    const unsigned ones = pack<T>(1, 1);
+    mma(sum, a, ones, ones, T{});
+  }
+}
+
 template <typename T, int WIDTH>
 __device__ void forward(const PolicyAttentionParams &p) {
   using S = Tiles<T, WIDTH, 1>;
@@ -137,7 +147,7 @@ __device__ void forward(const PolicyAttentionParams &p) {
   const bool active = own < p.N;
   Left<S, WIDTH, T> queries;
   queries.rows = tiles.own[0] + warp * 16 * PITCH;
-  float o[WIDTH / 8][4] = {}, values[SHARES][2][4] = {}, peak[2] = {-infinity(), -infinity()}, sum[2] = {};
+  float o[WIDTH / 8][4] = {}, values[SHARES][2][4] = {}, peak[2] = {-infinity(), -infinity()}, sum[2] = {}, mixed[4] = {};
   for (int start = 0, turn = 0; start < p.N; start += STEP, turn ^= 1) {
     const int stage = S::STAGES == 2 ? turn : 0;
     if constexpr (S::STAGES == 2) fetch_keys(start + STEP, stage ^ 1);
@@ -169,7 +179,7 @@ __device__ void forward(const PolicyAttentionParams &p) {
         highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 2));
         const float shift = highest[r] == -infinity() ? 0 : highest[r], factor = exp2_approximate(peak[r] - shift);
         peak[r] = highest[r], highest[r] = shift - LIFT;
-        sum[r] *= factor;
+        sum[r] *= factor, mixed[2 * r] *= factor;
         UNROLL for (int i = 0; i < WIDTH / 8; i++) o[i][2 * r] *= factor, o[i][2 * r + 1] *= factor;
       }
       UNROLL for (int j = 0; j < STEP / 16; j++) {
@@ -177,7 +187,9 @@ __device__ void forward(const PolicyAttentionParams &p) {
           w[j][i][e] *= exp2_approximate(s[j][i][e] - highest[e / 2]);
           sum[e / 2] += w[j][i][e];
         }
-        if (start + j * 16 < p.N) add_weighted(o, w[j], v_tile + j * 16 * PITCH, PITCH);
+        if (start + j * 16 >= p.N) continue;
+        add_weighted(o, w[j], v_tile + j * 16 * PITCH, PITCH);
+        add_rounded<T>(mixed, w[j]);
       }
     }
     if (tid < STEP) kept[turn ^ 1][tid] = next;
@@ -197,7 +209,7 @@ __device__ void forward(const PolicyAttentionParams &p) {
   if (!active) return;
   T *out = (T *)p.out + at.b * p.out_strides[0] + at.h * p.out_strides[1];
   UNROLL for (int r = 0; r < 2; r++) {
-    const float z = row_sum(sum[r]) * (1 / 1024.0f), inverse = 1 / (z + p.eps);
+    const float z = row_sum(sum[r]) * LOWER, inverse = 1 / ((HAS_MMA<T> ? mixed[2 * r] * LOWER : z) + p.eps);
     const int row = own + g + 8 * r;
     if (row >= p.N) continue;
     const bool dropped = p.eps == 0 && !(policy[row] > 0);
@@ -205,7 +217,7 @@ __device__ void forward(const PolicyAttentionParams &p) {
       if (i * 8 >= p.D) continue;
       float y[2];
       UNROLL for (int e = 0; e < 2; e++) {
-        y[e] = o[i][2 * r + e] * (1 / 1024.0f);
+        y[e] = o[i][2 * r + e] * LOWER;
         if (p.eps > 0) y[e] += mean[i * 8 + t + e];
         y[e] *= inverse;
         if (dropped) {  // its own value as it is: what is not finite was left out, and no weight makes it so
