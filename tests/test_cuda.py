@@ -12,7 +12,7 @@ from vitprune import nvrtc
 
 CSRC = Path(__file__).parents[1] / "csrc"
 OPERATORS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu"))
-MATRIX = {"policy_attention", "short_attention", "sliced_product"} & set(OPERATORS)
+MATRIX = {"policy_attention", "policy_attention_backward", "short_attention", "sliced_product"} & set(OPERATORS)
 
 
 def usage(cubin: bytes, tmp_path) -> dict[str, dict[str, int]]:

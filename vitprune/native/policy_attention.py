@@ -61,7 +61,7 @@ def cuda(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: flo
     out = torch.empty(B, N, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
     m, z = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
     q, k, v, policy = _aligned(q), _aligned(k), _aligned(v), policy.float().contiguous()
-    _launch("forward", 1, _params(scale, eps, (q, k, v, policy, out, m, z), None), q)
+    _launch(OP, "forward", 1, _params(scale, eps, (q, k, v, policy, out, m, z), None), q)
     return out, m, z
 
 
@@ -73,17 +73,17 @@ def backward_cuda(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor,
     dout, q, k, v, out = map(_aligned, (dout, q, k, v, out))
     kept = policy.float().contiguous()
     params = _params(scale, eps, (q, k, v, kept, out, m, z), dout, dq, dk, dv, dpolicy, delta)
-    _launch("query_gradient", 2, params, q)  # writes delta
-    _launch("key_gradient", 2, params, q)
+    _launch(f"{OP}_backward", "query_gradient", 2, params, q)  # writes delta
+    _launch(f"{OP}_backward", "key_gradient", 2, params, q)
     return dq, dk, dv, dpolicy.sum(1).to(policy.dtype)
 
 
-def _launch(which: str, own: int, params, q: Tensor) -> None:
-    """own: tensors of which a thread block owns rows, as in csrc/cuda/policy_attention.cu."""
+def _launch(source: str, which: str, own: int, params, q: Tensor) -> None:
+    """own: tensors of which a thread block owns rows, as in csrc/cuda/policy_attention.h."""
     B, H, N, D = q.shape
     width = next(w for w in (32, 64, 128) if D <= w)
     warps = 2 // own if width * q.element_size() > 256 else 4
-    native.launch(OP, f"{OP}_{which}_{KINDS[q.dtype]}_{width}", (B * H * -(-N // (16 * warps)), 1), 32 * warps, params, q.device)
+    native.launch(source, f"{OP}_{which}_{KINDS[q.dtype]}_{width}", (B * H * -(-N // (16 * warps)), 1), 32 * warps, params, q.device)
 
 
 def _aligned(t: Tensor) -> Tensor:

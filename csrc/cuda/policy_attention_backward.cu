@@ -1,0 +1,169 @@
+// The gradient of policy_attention to q, k, v and policy, from the maximum and sum that the forward pass kept of each row: no atomics.
+// query_gradient owns queries and writes delta, which key_gradient, launched after it, reads; that one owns keys.
+// grid (tiles of ROWS rows, for each head of each image).
+#include "policy_attention.h"
+
+constexpr float HIGHEST = 80 * LOG2E;  // above its row's maximum: a dropped key's score, for the gradient of its policy
+
+template <typename T, int WIDTH>
+__device__ void query_gradient(const PolicyAttentionParams &p) {
+  using S = Tiles<T, WIDTH, 2>;
+  constexpr int STEP = S::STEP, PITCH = S::PITCH;
+  __shared__ S tiles;
+  __shared__ float kept[2][STEP];
+  const Place at = place(p, S::ROWS);
+  const int tid = threadIdx.x, warp = tid / 32, own = at.own, g = at.g, t = at.t;
+  const Rows<T> q = rows_of<T>(p.q, p.q_strides, at), k = rows_of<T>(p.k, p.k_strides, at), v = rows_of<T>(p.v, p.v_strides, at);
+  const Rows<T> dout = rows_of<T>(p.dout, p.dout_strides, at), out = rows_of<T>(p.out, p.out_strides, at);
+  const float *policy = p.policy + at.b * p.N;
+  auto fetch_keys = [&](int start, int stage) {
+    if (start < p.N) fetch<S>(tiles.passing[stage][0], k, start, STEP, p), fetch<S>(tiles.passing[stage][1], v, start, STEP, p);
+    copies_commit();
+  };
+  auto kept_of = [&](int key) { return tid < STEP && key < p.N ? policy[key] : 0; };
+
+  fetch<S>(tiles.own[0], q, at.first, S::ROWS, p);
+  fetch<S>(tiles.own[1], dout, at.first, S::ROWS, p);
+  fetch_keys(0, 0);
+  if (tid < STEP) kept[0][tid] = kept_of(tid);
+  const float scale = p.scale * LOG2E;
+  const bool active = own < p.N;
+  float acc[WIDTH / 8][4] = {}, peak[2] = {}, inverse[2] = {}, delta[2] = {};
+  UNROLL for (int r = 0; r < 2; r++) {
+    const int row = own + g + 8 * r;
+    if (row < p.N) {
+      UNROLL for (int i = 0; i < WIDTH / 8; i++) {
+        if (i * 8 >= p.D) continue;
+        float x[2], y[2];
+        load_values(x, out.data + row * out.stride + i * 8 + t);
+        load_values(y, dout.data + row * dout.stride + i * 8 + t);
+        delta[r] += x[0] * y[0] + x[1] * y[1];
+      }
+      peak[r] = p.m[at.head + row], inverse[r] = 1 / (p.z[at.head + row] + p.eps);
+    }
+    delta[r] = row_sum(delta[r]);
+    if (row < p.N && t == 0) p.delta[at.head + row] = delta[r];
+  }
+  Left<S, WIDTH, T> queries, ups;
+  queries.rows = tiles.own[0] + warp * 16 * PITCH, ups.rows = tiles.own[1] + warp * 16 * PITCH;
+  for (int start = 0, turn = 0; start < p.N; start += STEP, turn ^= 1) {
+    const int stage = S::STAGES == 2 ? turn : 0;
+    if constexpr (S::STAGES == 2) fetch_keys(start + STEP, stage ^ 1);
+    const float next = kept_of(start + STEP + tid);
+    copies_wait<S::STAGES - 1>();
+    const T *k_tile = tiles.passing[stage][0], *v_tile = tiles.passing[stage][1];
+    if (p.eps == 0) clean<S>(tiles.passing[stage][0], policy, start, p), clean<S>(tiles.passing[stage][1], policy, start, p);
+    __syncthreads();
+    if (start == 0) hold(queries), hold(ups);
+    for (int j = 0; active && j < STEP && start + j < p.N; j += 16) {
+      float s[2][4] = {}, ds[2][4] = {};
+      add_scores(s, queries, k_tile + j * PITCH);
+      add_scores(ds, ups, v_tile + j * PITCH);
+      UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) {
+        const bool itself = start + j == own && i == e / 2 && t + e % 2 == g;
+        const float weight = exp2_approximate(fminf(s[i][e] * scale - peak[e / 2], HIGHEST));
+        ds[i][e] = (ds[i][e] - delta[e / 2]) * inverse[e / 2] * weight * (itself ? 1 : kept[turn][j + i * 8 + t + e % 2]);
+      }
+      add_weighted(acc, ds, k_tile + j * PITCH, PITCH);
+    }
+    if (tid < STEP) kept[turn ^ 1][tid] = next;
+    __syncthreads();
+    if constexpr (S::STAGES == 1) fetch_keys(start + STEP, 0);
+  }
+
+  UNROLL for (int r = 0; r < 2; r++) {
+    const int row = own + g + 8 * r;
+    if (row >= p.N) continue;
+    T *dq = (T *)p.dq + (at.head + row) * p.D + t;
+    UNROLL for (int i = 0; i < WIDTH / 8; i++)
+      if (i * 8 < p.D) store_pair(dq + i * 8, acc[i][2 * r] * p.scale, acc[i][2 * r + 1] * p.scale);
+  }
+}
+
+template <typename T, int WIDTH>
+__device__ void key_gradient(const PolicyAttentionParams &p) {
+  using S = Tiles<T, WIDTH, 2>;
+  constexpr int STEP = S::STEP, PITCH = S::PITCH;
+  __shared__ S tiles;
+  __shared__ float peak[2][STEP], inverse[2][STEP], delta[2][STEP];  // of the queries that pass
+  const Place at = place(p, S::ROWS);
+  const int tid = threadIdx.x, warp = tid / 32, own = at.own, g = at.g, t = at.t;
+  const Rows<T> q = rows_of<T>(p.q, p.q_strides, at), k = rows_of<T>(p.k, p.k_strides, at), v = rows_of<T>(p.v, p.v_strides, at);
+  const Rows<T> dout = rows_of<T>(p.dout, p.dout_strides, at);
+  auto fetch_queries = [&](int start, int stage) {
+    if (start < p.N) fetch<S>(tiles.passing[stage][0], q, start, STEP, p), fetch<S>(tiles.passing[stage][1], dout, start, STEP, p);
+    copies_commit();
+  };
+  float next[3];
+  auto look = [&](int query) {
+    const bool valid = tid < STEP && query < p.N;
+    next[0] = valid ? p.m[at.head + query] : 0, next[1] = valid ? 1 / (p.z[at.head + query] + p.eps) : 0;
+    next[2] = valid ? p.delta[at.head + query] : 0;
+  };
+  auto keep = [&](int turn) {
+    if (tid < STEP) peak[turn][tid] = next[0], inverse[turn][tid] = next[1], delta[turn][tid] = next[2];
+  };
+
+  fetch<S>(tiles.own[0], k, at.first, S::ROWS, p);
+  fetch<S>(tiles.own[1], v, at.first, S::ROWS, p);
+  fetch_queries(0, 0);
+  look(tid);
+  keep(0);
+  const float scale = p.scale * LOG2E, floor = p.eps / p.N;
+  const bool active = own < p.N;
+  float dk[WIDTH / 8][4] = {}, dv[WIDTH / 8][4] = {}, kept[2], dpolicy[2] = {};
+  UNROLL for (int r = 0; r < 2; r++) kept[r] = own + g + 8 * r < p.N ? p.policy[at.b * p.N + own + g + 8 * r] : 0;
+  Left<S, WIDTH, T> keys, values;
+  keys.rows = tiles.own[0] + warp * 16 * PITCH, values.rows = tiles.own[1] + warp * 16 * PITCH;
+  for (int start = 0, turn = 0; start < p.N; start += STEP, turn ^= 1) {
+    const int stage = S::STAGES == 2 ? turn : 0;
+    if constexpr (S::STAGES == 2) fetch_queries(start + STEP, stage ^ 1);
+    look(start + STEP + tid);
+    copies_wait<S::STAGES - 1>();
+    const T *q_tile = tiles.passing[stage][0], *up_tile = tiles.passing[stage][1];
+    __syncthreads();
+    if (start == 0) hold(keys), hold(values);
+    for (int j = 0; active && j < STEP && start + j < p.N; j += 16) {
+      float s[2][4] = {}, ds[2][4] = {};
+      add_scores(s, keys, q_tile + j * PITCH);
+      add_scores(ds, values, up_tile + j * PITCH);
+      UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) {
+        const int column = j + i * 8 + t + e % 2;
+        const bool itself = start + j == own && i == e / 2 && t + e % 2 == g;
+        const float weight = exp2_approximate(fminf(s[i][e] * scale - peak[turn][column], HIGHEST)), share = itself ? 1 : kept[e / 2];
+        const float de = (ds[i][e] - delta[turn][column]) * inverse[turn][column] * weight;
+        if (!itself) dpolicy[e / 2] += de;
+        ds[i][e] = de * share;
+        s[i][e] = (weight * share + floor) * inverse[turn][column];
+      }
+      add_weighted(dv, s, up_tile + j * PITCH, PITCH);
+      add_weighted(dk, ds, q_tile + j * PITCH, PITCH);
+    }
+    keep(turn ^ 1);
+    __syncthreads();
+    if constexpr (S::STAGES == 1) fetch_queries(start + STEP, 0);
+  }
+
+  UNROLL for (int r = 0; r < 2; r++) {
+    const int row = own + g + 8 * r;
+    dpolicy[r] = row_sum(dpolicy[r]);
+    if (row >= p.N) continue;
+    const long long to = (at.head + row) * p.D + t;
+    UNROLL for (int i = 0; i < WIDTH / 8; i++) {
+      if (i * 8 >= p.D) continue;
+      store_pair((T *)p.dk + to + i * 8, dk[i][2 * r] * p.scale, dk[i][2 * r + 1] * p.scale);
+      store_pair((T *)p.dv + to + i * 8, dv[i][2 * r], dv[i][2 * r + 1]);
+    }
+    if (t == 0) p.dpolicy[at.head + row] = dpolicy[r];
+  }
+}
+
+#define KERNEL_OF(pass, type, width, blocks) \
+  extern "C" __global__ void __launch_bounds__(128, blocks) policy_attention_##pass##_##type##_##width(const PolicyAttentionParams p) { \
+    pass<type, width>(p); \
+  }
+#define KERNELS_OF(type, width) KERNEL_OF(query_gradient, type, width, width == 128 ? 2 : 3) KERNEL_OF(key_gradient, type, width, 2)
+using f32 = float;
+KERNELS_OF(f32, 32) KERNELS_OF(f32, 64) KERNELS_OF(f32, 128)
+KERNELS_OF(f16, 32) KERNELS_OF(f16, 64) KERNELS_OF(f16, 128)
+KERNELS_OF(bf16, 32) KERNELS_OF(bf16, 64) KERNELS_OF(bf16, 128)
