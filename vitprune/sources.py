@@ -17,7 +17,8 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".gif", ".tif", 
 TABLES = ("parquet", "hf", "stream")  # kinds of sources that have columns
 SPLITS = ("train", "val", "validation", "test")
 SYNONYMS = {"val": ("val", "validation"), "validation": ("validation", "val")}
-UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError, EOFError, KeyError, TypeError)
+UNREADABLE = (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError, EOFError, LookupError, TypeError,
+              ArithmeticError)  # an OverflowError, for one: the offset of a damaged TIFF file
 
 
 class Source:
