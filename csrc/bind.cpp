@@ -87,6 +87,21 @@ CompactTokensParams compact_tokens_params(py::tuple addresses, py::tuple strides
   return p;
 }
 
+AddNormParams add_norm_params(py::tuple addresses, py::tuple strides, py::tuple sizes, float eps, int lanes, bool wide_vectors) {
+  AddNormParams p{};
+  int i = 0;
+  auto next = [&] { return pointer<void>(addresses[i++].cast<Address>()); };
+  p.x = next(), p.residual = next(), p.weight = next(), p.bias = next(), p.gamma = next(), p.s = next(), p.y = next();
+  p.ds = next(), p.dy = next(), p.dx = next(), p.dresidual = next(), p.partial = static_cast<float *>(next());
+  p.dweight = next(), p.dbias = next(), p.dgamma = next();
+  i = 0;
+  for (auto *stride : {&p.x_batch, &p.x_row, &p.residual_batch, &p.residual_row, &p.s_batch, &p.s_row, &p.ds_batch, &p.ds_row, &p.dy_batch,
+                       &p.dy_row}) *stride = strides[i++].cast<long long>();
+  p.R = sizes[0].cast<long long>(), p.N = sizes[1].cast<long long>(), p.C = sizes[2].cast<int>(), p.P = sizes[3].cast<int>();
+  p.eps = eps, p.lanes = lanes, p.wide_vectors = wide_vectors;
+  return p;
+}
+
 // An operator's struct, and its launch by value.
 template <typename Params, typename Make>
 void bind(py::module_ &m, const char *name, Make make) {
@@ -112,6 +127,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("policy_attention_cpu", &policy_attention_cpu, py::call_guard<py::gil_scoped_release>());
   bind<ShortAttentionParams>(m, "ShortAttentionParams", &short_attention_params);
   bind<CompactTokensParams>(m, "CompactTokensParams", &compact_tokens_params);
+  bind<AddNormParams>(m, "AddNormParams", &add_norm_params);
   bind<SlicedProductParams>(m, "SlicedProductParams", &sliced_product_params);
   m.def("short_attention_cpu", &short_attention_cpu, py::call_guard<py::gil_scoped_release>());
 }

@@ -71,3 +71,19 @@ struct CompactTokensParams {
   int B, N;
   int chunk;                  // tokens a thread block handles
 };
+
+struct AddNormParams {
+  const void *x, *residual;             // [R / N, N, C], channels side by side
+  const void *weight, *bias, *gamma;    // [C], contiguous; bias and gamma may be null
+  void *s, *y;                          // [R, C], contiguous; s is read in the backward pass, with strides
+  const void *ds, *dy;                  // as x; in the backward pass, as all that follows
+  void *dx, *dresidual;                 // [R, C], contiguous
+  float *partial;                       // [3, P, C], contiguous: sums for weight, bias and gamma
+  void *dweight, *dbias, *dgamma;       // [C]
+  long long x_batch, x_row, residual_batch, residual_row, s_batch, s_row, ds_batch, ds_row, dy_batch, dy_row;  // in elements
+  long long R, N;
+  float eps;
+  int C, P;
+  int lanes;         // threads of a row: a power of two up to 32, or a multiple of 32
+  int wide_vectors;  // 1: weight, bias and gamma are float32; 0: as s
+};

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
+from kernel_checks import ARCHS, CUDA, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
 from oracles import check_operator, within_twice
 
 from vitprune import ops
 from vitprune.ops import backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KERNELS = [*kernels("triton"), *CUDA]
 pytestmark = pytest.mark.usefixtures("poison")
 
 
@@ -76,9 +77,9 @@ def tensors_of(case, device):
     return [random(*shape), random(*shape), *vectors], [random(*shape), random(*shape)]
 
 
-def check(case, device, lucky):
+def check(case, name, device, lucky):
     tensors, ups = tensors_of(case, device)
-    got, plain = (run(name, tensors, ups, case["eps"]) for name in ("triton", "reference"))
+    got, plain = (run(kind, tensors, ups, case["eps"]) for kind in (name, "reference"))
     truth = run("reference", tensors, ups, case["eps"], torch.Tensor.double)
     for a, b, c in zip(got, plain, truth):
         assert a.dtype == b.dtype and a.shape == b.shape
@@ -93,16 +94,16 @@ def check(case, device, lucky):
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
-@pytest.mark.parametrize("device", DEVICES)
-def test_triton(device, count):
+@pytest.mark.parametrize("name, device", KERNELS)
+def test_kernel(name, device, count):
     lucky = []
-    explore(lambda case: check(case, device, lucky), cases(False), cases(True), count, describe)
+    explore(lambda case: check(case, name, device, lucky), cases(False), cases(True), count, describe)
     print("cases where the reference erred by less than half of what rounding alone may cost:", len(lucky))
     assert len(lucky) <= count // 20
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_triton_edges(device):
+@pytest.mark.parametrize("name, device", KERNELS)
+def test_kernel_edges(name, device):
     """Sizes at and around tiles, empty ones included; constant rows; a bad row that stays alone."""
     torch.manual_seed(0)
     for shape in [(0, 5, 8), (2, 0, 8), (2, 3, 0), (1,), (3, 1), (16, 2), (1, 15, 16), (2, 17, 17), (1, 2, 768), (1, 1, 1025), (1, 2, 4096),
@@ -110,45 +111,45 @@ def test_triton_edges(device):
         C = shape[-1]
         tensors = [torch.randn(s, device=device) for s in (shape, shape, C, C, C)]
         ups = [torch.randn(shape, device=device) for _ in range(2)]
-        got = run("triton", tensors, ups, 1e-2)
+        got = run(name, tensors, ups, 1e-2)
         for a, b in zip(got, run("reference", tensors, ups, 1e-2, torch.Tensor.double)):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
     constant = torch.ones(4, 8, device=device)
-    for out in run("triton", [constant, constant, constant[0], None, None], [constant, constant], 1e-6)[1:]:
+    for out in run(name, [constant, constant, constant[0], None, None], [constant, constant], 1e-6)[1:]:
         assert out.isfinite().all()
     spoilt = torch.randn(5, 8, device=device)
     spoilt[2] = float("nan")
-    with backend("triton"):
+    with backend(name):
         y = ops.add_norm(spoilt, constant[:1].expand(5, 8), constant[0], None, 1e-6)[1]
     assert y[2].isnan().all() and y[[0, 1, 3, 4]].isfinite().all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_triton_mixed_dtypes_and_refusals(device):
+@pytest.mark.parametrize("name, device", KERNELS)
+def test_kernel_mixed_dtypes_and_refusals(name, device):
     x, r, w = torch.randn(2, 5, 16, device=device).half(), torch.randn(2, 5, 16, device=device), torch.randn(16, device=device)
-    got, plain = (run(name, [x, r, w, w, w], [r, r], 1e-5) for name in ("triton", "reference"))
+    got, plain = (run(kind, [x, r, w, w, w], [r, r], 1e-5) for kind in (name, "reference"))
     for a, b in zip(got, plain):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-    with backend("triton"):
+    with backend(name):
         with pytest.raises(RuntimeError, match="no kernel for torch.float64"):
             ops.add_norm(r.double(), r, w, None, 1e-5)
         with pytest.raises(RuntimeError, match="more channels than the 4096"):
             ops.add_norm(r.new_ones(1, 5000), r.new_ones(1, 5000), r.new_ones(5000), None, 1e-5)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_triton_registered_and_deterministic(device):
+@pytest.mark.parametrize("name, device", KERNELS)
+def test_kernel_registered_and_deterministic(name, device):
     torch.manual_seed(0)
     tensors = [torch.randn(s, device=device) for s in ((2, 3, 8), (2, 3, 8), 8, 8, 8)]
     ups = [torch.randn(2, 3, 8, device=device) for _ in range(2)]
     op = torch.ops.vitprune.add_norm.default
-    torch.library.opcheck(op, tuple(t.clone().requires_grad_() for t in tensors) + (1e-5, "triton"))
-    torch.library.opcheck(op, (*(t.clone().requires_grad_() for t in tensors[:3]), None, None, 1e-5, "triton"))
-    first = run("triton", tensors, ups, 1e-5)
-    for a, b in zip(first, run("triton", tensors, ups, 1e-5)):
+    torch.library.opcheck(op, tuple(t.clone().requires_grad_() for t in tensors) + (1e-5, name))
+    torch.library.opcheck(op, (*(t.clone().requires_grad_() for t in tensors[:3]), None, None, 1e-5, name))
+    first = run(name, tensors, ups, 1e-5)
+    for a, b in zip(first, run(name, tensors, ups, 1e-5)):
         assert torch.equal(a, b)
-    with backend("triton"):
+    with backend(name):
         compiled = torch.compile(lambda x, r, w, b, g: ops.add_norm(x, r, w, b, 1e-5, gamma=g), fullgraph=True, backend="aot_eager")
         leaves = [t.clone().requires_grad_() for t in tensors]
         out = compiled(*leaves)

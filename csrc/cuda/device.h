@@ -98,6 +98,15 @@ __device__ inline void load_values(float (&to)[n], const T *from) {
   const Values values = *(const Values *)from;
   UNROLL for (int i = 0; i < n; i++) to[i] = to_float(values.value[i]);
 }
+// The same the other way.
+template <int n, typename T>
+__device__ inline void store_values(T *to, const float (&from)[n]) {
+  struct __align__(n * sizeof(T)) Values {
+    T value[n];
+  } values;
+  UNROLL for (int i = 0; i < n; i++) from_float(from[i], values.value[i]);
+  *(Values *)to = values;
+}
 // Two values side by side, aligned to both.
 template <typename T>
 __device__ inline void store_pair(T *to, float first, float second) {

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..native import add_norm as native
 from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
 
 OP = "add_norm"
@@ -22,8 +23,8 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, e
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
         t is None or t.shape == C or fail(OP, name, f"[C] = {tuple(C)}", t if t is None else t.shape)
     # A branch on the size, not the size: a graph traced with dynamic sizes needs constants to choose by.
-    facts = {"residual": residual.dtype, "weight": weight.dtype, "wide": True if C[0] > 4096 else False,
-             "large": large(prod(x.shape[:-1]))}
+    facts = {"residual": residual.dtype, "weight": weight.dtype, "gamma": (weight if gamma is None else gamma).dtype,
+             "wide": True if C[0] > 4096 else False, "large": large(prod(x.shape[:-1]))}
     return call(OP, choose(OP, x.device, x.dtype, **facts), x, residual, weight, bias, gamma, eps)
 
 
@@ -39,6 +40,8 @@ def _backward(ds, dy, s, residual, weight, gamma, eps: float, backend: str) -> t
     if backend == "triton":
         from ..kernels import add_norm as triton
         return triton.launch_backward(ds, dy, s, residual, weight, gamma, eps)
+    if backend == "cuda":
+        return native.backward_cuda(ds, dy, s, residual, weight, gamma, eps)
     dtype = torch.promote_types(s.dtype, torch.float32)
     wide = s.to(dtype)
     variance, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
@@ -97,4 +100,5 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
 
 
 # On a GPU nothing has been measured, so PyTorch's own calls come first.
-serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))
+serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses),
+      Backend("cuda", native.cuda, refuses=native.refuses))
