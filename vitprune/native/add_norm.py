@@ -67,9 +67,10 @@ def _launch(name: str, eps: float, **tensors: Tensor | None) -> None:
         P = blocks = min(blocks, 4 * processors)
         tensors["partial"] = torch.empty(3, P, C, dtype=torch.float32, device=device)
     pointers, strided = ([tensors.get(key) for key in keys] for keys in (POINTERS, STRIDED))
-    params = _native.AddNormParams(tuple(0 if t is None else t.data_ptr() for t in pointers),
-                                   tuple(n for t in strided for n in ((0, 0) if t is None else t.stride()[:2])), (R, N, C, P), eps, lanes, wide)
-    native.launch(OP, f"{name}_{KINDS[s.dtype]}_{KINDS[residual.dtype]}_{'wide' if fits else 'single'}", (blocks, 1), threads, params, device)
+    strides = tuple(n for t in strided for n in ((0, 0) if t is None else t.stride()[:2]))
+    params = _native.AddNormParams(tuple(0 if t is None else t.data_ptr() for t in pointers), strides, (R, N, C, P), eps, lanes, wide)
+    kernel = f"{name}_{KINDS[s.dtype]}_{KINDS[residual.dtype]}_{'wide' if fits else 'single'}"
+    native.launch(OP, kernel, (blocks, 1), threads, params, device)
     if name != OP:
         native.launch(OP, f"{OP}_sum_{KINDS[weight.dtype]}", (-(-C // 32), 3), 256, params, device)
 
