@@ -115,8 +115,9 @@ __device__ void attend(const ShortAttentionParams &p) {
   }
 }
 
+// At least one block a multiprocessor, said because some ptxas otherwise spill a register or two for more blocks.
 #define KERNEL_OF(type, width) \
-  extern "C" __global__ void __launch_bounds__(128) short_attention_##type##_##width(const ShortAttentionParams p) { attend<type, width>(p); }
+  extern "C" __global__ void __launch_bounds__(128, 1) short_attention_##type##_##width(const ShortAttentionParams p) { attend<type, width>(p); }
 using f32 = float;
 KERNEL_OF(f32, 32) KERNEL_OF(f32, 64) KERNEL_OF(f32, 128)
 KERNEL_OF(f16, 32) KERNEL_OF(f16, 64) KERNEL_OF(f16, 128)

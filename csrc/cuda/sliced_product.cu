@@ -97,9 +97,9 @@ __device__ void product(const SlicedProductParams &p) {
   }
 }
 
-// Large tiles pay where tensor cores would otherwise wait for memory.
+// Large tiles pay where tensor cores would otherwise wait for memory. At least one block a multiprocessor: see short_attention.cu.
 #define KERNEL_OF(type, size, name, depth_rows) \
-  extern "C" __global__ void __launch_bounds__(2 * size) sliced_product_##type##_##size##_##name(const SlicedProductParams p) { \
+  extern "C" __global__ void __launch_bounds__(2 * size, 1) sliced_product_##type##_##size##_##name(const SlicedProductParams p) { \
     if constexpr (size == 64 || HAS_MMA<type>) product<type, size, depth_rows>(p); \
   }
 using f32 = float;
