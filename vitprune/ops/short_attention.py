@@ -70,14 +70,13 @@ def library(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: 
 
 
 def _matmuls_win(qkv: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Whether two matrix products and a softmax beat SDPA: measured on a CPU, without gradient, for short sequences."""
+    """Whether two matrix products and a softmax beat SDPA: measured on a CPU, for short sequences; with a gradient in bfloat16 only."""
     if qkv.device.type != "cpu" or cu_seqlens is not None or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch.is_grad_enabled() and qkv.requires_grad:  # SDPA keeps no N x N for the backward
         return False
     if qkv.dtype == torch.bfloat16:
         return 48 <= qkv.shape[1] <= 320 and _native_bfloat16()
-    return qkv.dtype == torch.float32 and 48 <= qkv.shape[1] <= 144
+    learns = torch.is_grad_enabled() and qkv.requires_grad  # SDPA keeps no N x N for the backward
+    return qkv.dtype == torch.float32 and 48 <= qkv.shape[1] <= 144 and not learns
 
 
 @functools.cache
