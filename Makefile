@@ -24,6 +24,7 @@ test-long: .venv/test.stamp
 bench: .venv/test.stamp
 	set -e; for op in $(OPERATORS); do $(BIN)/python -m bench.$$op; done
 	$(BIN)/python -m bench.shares
+	$(BIN)/python -m bench.train_step
 	$(BIN)/vitprune bench deit_small_patch16_224 --tokens 0.7 --heads 0.5 --hidden 0.5 --batch 1 8
 
 # At most ten minutes; writes bench/results/card-NAME.json.

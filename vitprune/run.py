@@ -27,7 +27,7 @@ from .progress import Progress
 from .resume import Checkpoints, sync, write_metrics
 from .step import NonFiniteLoss
 from .tokens import TokenPruning
-from .train import Stopped, TrainConfig, train
+from .train import Stopped, TrainConfig, keep_memory, train
 from .vit import PrunedViT, compact, prune
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -195,6 +195,8 @@ def _check_classes(what: str, name: str, got: int, classes: int) -> None:
 def main(config: RunConfig) -> int:
     """Train, evaluate and save; returns 0, or 128 + the signal's number for a run that was stopped and saved."""
     device = _join(config.device)
+    if device.type == "cpu":
+        keep_memory()
     try:
         return _run(config, device)
     finally:
