@@ -1,4 +1,4 @@
-"""Which hidden blocks movement pruning keeps, for bench/sliced_mlp.py: `python -m bench.masks` trains and writes masks.json.
+"""Which heads and hidden blocks movement pruning keeps, for benches: `python -m bench.masks` trains and writes masks.json.
 
 One block of DeiT's widths on the embedded digits, a run for each width and fraction; block ids as the trainer leaves them.
 """
@@ -19,8 +19,8 @@ PATH = Path(__file__).with_name("masks.json")
 FRACTIONS = (0.75, 0.5, 0.25)
 
 
-def trained(H: int, fraction: float) -> list[int]:
-    """Ids of the live 64-wide hidden blocks of a block with H heads of 64 channels, after movement pruning to that fraction."""
+def trained(H: int, fraction: float) -> dict[str, list[int]]:
+    """Ids of the live heads and 64-wide hidden blocks of a block with H heads of 64 channels, after movement pruning to that fraction."""
     torch.manual_seed(0)
     model = VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=64 * H, depth=1, num_heads=H)
     recipe = Recipe()
@@ -28,13 +28,14 @@ def trained(H: int, fraction: float) -> list[int]:
     train(model, load_digits(config.batch_size), config)
     pruned = prune(model, blocks=BlockPruning(heads=fraction, hidden=fraction, method="movement", schedule=recipe.schedule))
     train(pruned, load_digits(config.batch_size), config)
-    return pruned.blocks[0].mlp.live.tolist()
+    block = pruned.blocks[0]
+    return {"heads": block.attn.live.tolist(), "hidden": block.mlp.live.tolist()}
 
 
-def live(C: int, fraction: float) -> torch.Tensor:
-    """The mask of an MLP of C channels, int32 [L]; all blocks for a fraction of 1."""
-    return torch.arange(4 * C // 64, dtype=torch.int32) if fraction == 1 else \
-        torch.tensor(json.loads(PATH.read_text())[str(C)][str(fraction)], dtype=torch.int32)
+def live(C: int, fraction: float, what: str = "hidden") -> torch.Tensor:
+    """The live "heads" or "hidden" blocks of a layer of C channels, int32 [L]; all for a fraction of 1."""
+    return torch.arange({"heads": 1, "hidden": 4}[what] * C // 64, dtype=torch.int32) if fraction == 1 else \
+        torch.tensor(json.loads(PATH.read_text())[str(C)][str(fraction)][what], dtype=torch.int32)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """How much of a forward pass and of a training step each operator takes: `python -m bench.shares [DEVICE]` prints JSON.
 
-Every call that a pruned DeiT makes (tokens 0.7; half of heads and hidden blocks masked) is recorded with its arguments and timed
-by itself, forward alone in evaluation and with its gradients in training; its share is of the whole pass, timed beside it.
+Every call that a pruned DeiT makes (tokens 0.7; half of heads and hidden blocks masked, as movement pruning left them) is recorded
+with its arguments and timed by itself, forward alone in evaluation and with its gradients in training; its share is of the whole pass, timed beside it.
 On a GPU evaluation is in float16 and training under the trainer's own autocast.
 """
 import contextlib
@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from bench import masks
 from bench.common import main, times
 from vitprune import BlockPruning, TokenPruning, prune
 from vitprune.ops import registry
@@ -59,7 +60,10 @@ def shares(name: str, batch: int, device: torch.device, training: bool) -> dict:
     import timm
     torch.manual_seed(0)
     dense = timm.create_model(name).to(device).eval()
-    model = prune(dense, TokenPruning(0.7), BlockPruning(0.5, 0.5, method="magnitude")).to(device).eval()
+    model = prune(dense, TokenPruning(0.7), BlockPruning()).to(device).eval()
+    for block in model.blocks:
+        block.attn.set_live(masks.live(model.embed_dim, 0.5, "heads").tolist())
+        block.mlp.set_live(masks.live(model.embed_dim, 0.5).tolist())
     images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.zeros(batch, dtype=torch.long, device=device)
     trainer = Run(model, TrainConfig(backbone_frozen_epochs=0), 1000, dense) if training else None
     kind = trainer.dtype if training else torch.float16 if device.type == "cuda" else None

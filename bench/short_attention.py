@@ -11,6 +11,7 @@ from vitprune import cases
 from vitprune.bench import DTYPES
 from vitprune.cases import BATCHES, HEADS, Size, calls
 from vitprune.ops import short_attention
+from vitprune.ops.short_attention import _pad, _unpad
 
 
 def shapes(device: torch.device, brief: bool):
@@ -79,9 +80,34 @@ def waste(N: int) -> dict:
             "32x16, ours": up(32) * up(16) / N ** 2}
 
 
+def uneven(device: torch.device, kind: str, min_time: float, B: int = 32, H: int = 6) -> dict:
+    """A row for packed rows of 100 tokens on average (deviation 25), beside SDPA over the batch padded to the longest, which is
+    padded before and, in "pad, sdpa, unpad", in every call."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (100 + 25 * torch.randn(B, generator=generator)).round().clamp(1, 196).int()
+    ends, longest = F.pad(lengths.cumsum(0), (1, 0)).int().to(device), int(lengths.max())
+    x = torch.randn(int(ends[-1]), 3 * H * 64, generator=generator).to(device, DTYPES[kind])
+    padded, keep = _pad(x, ends, longest)
+
+    def library(padded, keep):
+        return merged(F.scaled_dot_product_attention(*heads(padded, H), attn_mask=None if keep is None else keep[:, None, None, :]))
+
+    def packed(x):
+        return short_attention(x, num_heads=H, cu_seqlens=ends, max_seqlen=longest)
+    functions = {"sdpa": lambda x: library(padded, None), "sdpa mask": lambda x: library(padded, keep),
+                 "pad, sdpa, unpad": lambda x: _unpad(library(*_pad(x, ends, longest)), ends, x.shape[0]),
+                 **kernels("short_attention", device, x.dtype, packed, packed=True)}
+    with torch.no_grad():
+        ready, refused = calls(functions, [x], [], backward=False)
+        columns = timed(ready, device, min_time)
+    return {"B": B, "N": "100 +- 25, packed", "H": H, "dtype": kind, "pass": "forward", "longest": longest, **columns,
+            "unavailable": {n: r[:160] for n, r in refused.items()}}
+
+
 def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
     """A row a shape, dtype and direction: milliseconds, bytes that must move, MACs, and the share of the card's limit."""
     for kind in kinds(device, brief):
+        yield uneven(device, kind, min_time)
         functions = candidates(device, DTYPES[kind])
         for B, N, H in shapes(device, brief):
             torch._dynamo.reset()  # one shape's graphs do not count against the next one's
