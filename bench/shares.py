@@ -1,7 +1,8 @@
 """How much of a forward pass and of a training step each operator takes: `python -m bench.shares [DEVICE]` prints JSON.
 
 Every call that a pruned DeiT makes (tokens 0.7; half of heads and hidden blocks masked, as movement pruning left them) is recorded
-with its arguments and timed by itself, forward alone in evaluation and with its gradients in training; its share is of the whole pass, timed beside it.
+with its arguments and timed by itself, forward alone in evaluation and with its gradients in training; its share is of the whole
+pass, timed beside it.
 On a GPU evaluation is in float16 and training under the trainer's own autocast.
 """
 import contextlib
