@@ -90,7 +90,7 @@ def _job(where: str, job, device: str) -> None:
 
 
 def _machine(where: str, machine: dict, device: str) -> None:
-    for name in (*VERSIONS, *(("gpu", "cuda", "triton") if device == "cuda" else ("cpu",))):
+    for name in (*VERSIONS, *(("gpu", "cuda") if device == "cuda" else ("cpu",)), *(["triton"] if "triton" in machine else [])):
         isinstance(machine.get(name), str) or fail(f"{where}.{name}", "a text", machine.get(name))
         _plain(f"{where}.{name}", machine[name])
     _number(machine.get("threads")) or fail(f"{where}.threads", "a number", machine.get("threads"))
