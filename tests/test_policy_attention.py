@@ -205,6 +205,21 @@ def test_golden_units(name, device):
             torch.testing.assert_close(b, c, rtol=1e-6, atol=1e-4)
 
 
+@pytest.mark.parametrize("name, device", KERNELS + EMULATED + [("reference", "cpu")])
+def test_autocast_leaves_the_policy_alone(name, device):
+    """Its gradient sums over heads and rows: in float16 it would overflow where everything else is in range."""
+    torch.manual_seed(0)
+    kind = torch.bfloat16 if name == "cpp" else torch.float16
+    q, k, v = (torch.randn(1, 8, 40, 32, device=device) for _ in range(3))
+    policy, up = torch.full((1, 40), 0.01, device=device, requires_grad=True), torch.full((1, 8, 40, 32), 3e3, device=device, dtype=kind)
+    with backend(name), torch.autocast(device, kind):
+        out = ops.policy_attention(q, k, v, policy)
+    got, = torch.autograd.grad(out, policy, up.to(out.dtype))
+    truth, = torch.autograd.grad(ops.policy_attention(*(t.double() for t in (q, k, v)), policy.double()), policy, up.double())
+    assert out.dtype == kind and got.dtype == torch.float32 and truth.abs().max() > 65504
+    torch.testing.assert_close(got, truth.float(), rtol=2e-2, atol=2e-2 * float(truth.abs().max()))
+
+
 @pytest.mark.parametrize("name, device", KERNELS)
 @pytest.mark.parametrize("B, H, N, D", [(257, 1, 1, 32), (1, 1, 2, 64), (2, 1, 15, 80), (1, 2, 16, 48), (1, 1, 17, 96), (1, 1, 50, 112),
                                         (1, 1, 196, 64), (1, 1, 197, 64), (1, 1, 198, 128)])

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
+from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
 from oracles import check_operator, gelu, within_twice_unless_lucky
 
 from vitprune import ops
@@ -108,6 +108,20 @@ def test_triton(device, count):
 @pytest.mark.parametrize("name, device", CUDA)
 def test_cuda(name, device, count):
     explored(name, device, count)
+
+
+@pytest.mark.parametrize("shape, C, width, blocks, live", [
+    ((0, 197), 64, 64, 4, [1]), ((1, 0), 64, 64, 4, [1]), ((257, 1), 16, 16, 2, [1]), ((2, 15), 24, 64, 24, [3, 0, 23]),
+    ((1, 16), 48, 64, 48, [47, 1]), ((1, 17), 40, 64, 48, []), ((1, 50), 33, 128, 12, [11, 5]), ((1, 198), 32, 16, 96, [95, 0, 7])])
+@pytest.mark.parametrize("name, device", kernels("triton") + CUDA)
+def test_edges(name, device, shape, C, width, blocks, live):
+    """Nothing, one, many images and tokens; hidden layers of DeiT-S and DeiT-B, and none of them alive."""
+    case = {"shape": shape, "C": C, "width": width, "blocks": blocks, "live": live, "b1": True, "b2": True, "residual": True,
+            "dtype": torch.float32, "seed": 3}
+    tensors, live, up = tensors_of(case, device)
+    for a, b in zip(run(name, tensors, live, up, width), run("reference", tensors, live, up, width, torch.Tensor.double), strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * (1 + float(b.abs().max()) if b.numel() else 1))
 
 
 @pytest.mark.parametrize("device", DEVICES)

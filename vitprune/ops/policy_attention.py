@@ -173,8 +173,7 @@ def _macs(q, k, v, policy, *_) -> int:
 
 
 define(OP, "(Tensor q, Tensor k, Tensor v, Tensor policy, float scale, float eps, str backend) -> (Tensor, Tensor, Tensor)",
-       _forward, _fake,
-       cast=True, macs=_macs)
+       _forward, _fake, cast=("q", "k", "v"), macs=_macs)  # the policy's gradient, a sum over heads and rows, may leave float16
 define(OP + "_backward", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor policy, Tensor out, Tensor m, Tensor z, "
        "float scale, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _backward,
        lambda dout, q, k, v, policy, *_: tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, policy)),

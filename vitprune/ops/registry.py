@@ -3,7 +3,7 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -132,10 +132,10 @@ def call(op: str, name: str, *args):
     return entry.run(*args) if entry.composite else getattr(torch.ops.vitprune, op)(*args, name)
 
 
-def define(op: str, schema: str, run: Callable, fake: Callable, *, cast: bool = False, macs: Callable | None = None):
+def define(op: str, schema: str, run: Callable, fake: Callable, *, cast: Sequence[str] = (), macs: Callable | None = None):
     """Register `vitprune::op`: `run` on every device, its shapes, its autocast rule and its cost.
 
-    cast: under autocast, floating point tensors are cast to the autocast dtype (otherwise taken as they are).
+    cast: the arguments that autocast takes to its dtype where they are floating point; the others stay as they are.
     macs: multiply-accumulates from the shapes of the arguments; registered with torch's counter as 2 FLOPs each.
     """
     LIBRARY.define(op + schema)
@@ -144,7 +144,8 @@ def define(op: str, schema: str, run: Callable, fake: Callable, *, cast: bool = 
     overload = getattr(torch.ops.vitprune, op).default
     for device in ("cpu", "cuda"):
         key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-        LIBRARY.impl(op, functools.partial(_autocast, overload, key, device, cast), key.name)
+        which = [argument.name in cast for argument in overload._schema.arguments]
+        LIBRARY.impl(op, functools.partial(_autocast, overload, key, device, which), key.name)
     if macs is not None:
         MACS[op] = macs
         register_flop_formula(getattr(torch.ops.vitprune, op))(lambda *shapes, out_shape=None, **_: 2 * macs(*shapes))
@@ -164,7 +165,7 @@ def _describes(op: str, run: Callable) -> Callable:
     return described
 
 
-def _autocast(overload, key, device: str, cast: bool, *args):
+def _autocast(overload, key, device: str, cast: Sequence[bool], *args):
     dtype = torch.get_autocast_dtype(device)
 
     def convert(a):
@@ -172,7 +173,7 @@ def _autocast(overload, key, device: str, cast: bool, *args):
         return a.to(dtype) if floating else a
 
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        return overload(*(convert(a) if cast else a for a in args))
+        return overload(*(convert(a) if wanted else a for a, wanted in zip(args, cast)))
 
 
 def gradient(op: str, backward: Callable, setup: Callable) -> None:

@@ -164,7 +164,7 @@ def _macs(qkv, num_heads, cu_seqlens, max_seqlen, *_) -> int:
 define(OP, "(Tensor qkv, int num_heads, Tensor? cu_seqlens, int max_seqlen, float scale, str backend) -> Tensor",
        lambda qkv, num_heads, cu_seqlens, max_seqlen, scale, backend: find(OP, backend).run(
            qkv, num_heads, cu_seqlens, max_seqlen, scale),
-       lambda qkv, *_: qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3), cast=True, macs=_macs)
+       lambda qkv, *_: qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3), cast=("qkv",), macs=_macs)
 define(OP + "_backward", "(Tensor dout, Tensor qkv, int num_heads, Tensor? cu_seqlens, int max_seqlen, float scale, "
        "str backend) -> Tensor", _backward, lambda dout, qkv, *_: torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device),
        macs=lambda dout, *args: 5 * _macs(*args) // 2)

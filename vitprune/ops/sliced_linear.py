@@ -18,7 +18,9 @@ def sliced_linear(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, *, side:
     side="out": x [..., I], w [O, I], b [O] -> [..., L*width], the live outputs only.
     side="in":  x [..., L*width], the live inputs only, w [O, I], b [O] -> [..., O].
     live: int32 [L], ids of live blocks, each once (the length is known on the host). b may be None.
-    Gradients of dead weights are exactly zero. Raises ValueError for arguments that do not fit together.
+    Gradients of dead weights are exactly zero: what is dead here stays dead. While blocks are still being chosen,
+    `vitprune.learned` computes all of them behind gates, whose gradient sums dL/dW * W over a block, closed ones too, so that
+    a dead block's score can bring it back. Raises ValueError for arguments that do not fit together.
     """
     side in ("in", "out") or fail(OP, "side", "'in' or 'out'", repr(side))
     w.dim() == 2 or fail(OP, "w", "[O, I]", w.shape)
@@ -125,7 +127,8 @@ def _macs(x, w, b, live, side, width, *_) -> int:
 
 
 define(OP, "(Tensor x, Tensor w, Tensor? b, Tensor live, str side, int width, str backend) -> Tensor",
-       lambda x, w, b, live, side, width, backend: find(OP, backend).run(x, w, b, live, side, width), _fake, cast=True, macs=_macs)
+       lambda x, w, b, live, side, width, backend: find(OP, backend).run(x, w, b, live, side, width), _fake, cast=("x", "w", "b"),
+       macs=_macs)
 define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w, Tensor live, str side, int width, str backend) -> (Tensor, Tensor, Tensor)",
        _backward, lambda dy, x, w, live, side, width, backend: (torch.empty_like(x), torch.empty_like(w), w.new_empty(w.shape[0])),
        macs=lambda dy, x, w, live, side, width, *_: 2 * _macs(x, w, None, live, side, width))

@@ -19,7 +19,8 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
 
     x, residual [..., C]; w1 [F, C], b1 [F], w2 [C, F], b2 [C]; live int32 [L]: ids of live `width`-wide hidden blocks,
     each once (the length is known on the host). b1, b2 and residual may be None. Returns [..., C].
-    Gradients of dead units are exactly zero. Raises ValueError for arguments that do not fit together.
+    Gradients of dead units are exactly zero: how a dead block can come back says `sliced_linear`.
+    Raises ValueError for arguments that do not fit together.
     """
     w1.dim() == 2 or fail(OP, "w1", "[F, C]", w1.shape)
     hidden, C = w1.shape
@@ -114,7 +115,8 @@ def _macs(x, w1, b1, w2, b2, live, residual, width, *_) -> int:
 
 define(OP, "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor live, Tensor? residual, int width, str backend) -> Tensor",
        lambda x, w1, b1, w2, b2, live, residual, width, backend: find(OP, backend).run(x, w1, b1, w2, b2, live, residual, width),
-       lambda x, w1, b1, w2, b2, live, residual, width, backend: x.new_empty(*x.shape[:-1], w2.shape[0]), cast=True, macs=_macs)
+       lambda x, w1, b1, w2, b2, live, residual, width, backend: x.new_empty(*x.shape[:-1], w2.shape[0]),
+       cast=("x", "w1", "b1", "w2", "b2", "residual"), macs=_macs)
 define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor live, int width, str backend) "
        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)", _backward,
        lambda dy, x, w1, b1, w2, live, width, backend: (torch.empty_like(x), torch.empty_like(w1), w1.new_empty(w1.shape[0]),
