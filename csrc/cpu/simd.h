@@ -27,23 +27,24 @@ static inline Vec splat(float x) { return x - Vec{}; }
 static inline Vec pick(IntVec yes, Vec a, Vec b) { return yes ? a : b; }
 static inline int up(int n) { return (n + LANES - 1) / LANES * LANES; }
 
-static inline float sum(Vec x) {
-  float total = 0;
-  for (int i = 0; i < LANES; i++) total += x[i];
-  return total;
+// The lanes of x, one half combined with the other until one is left.
+template <class Combine>
+static inline float fold(Vec x, Combine combine) {
+  float lanes[LANES];
+  store(lanes, x);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) lanes[i] = combine(lanes[i], lanes[i + half]);
+  return lanes[0];
 }
+
+static inline float sum(Vec x) { return fold(x, [](float a, float b) { return a + b; }); }
+static inline float peak(Vec x) { return fold(x, [](float a, float b) { return a > b ? a : b; }); }
 
 // The dot product of n numbers, a whole number of vectors.
 static inline float dot(const float *a, const float *b, int n) {
   Vec total = {};
   for (int i = 0; i < n; i += LANES) total += load(a + i) * load(b + i);
   return sum(total);
-}
-
-static inline float peak(Vec x) {
-  float top = x[0];
-  for (int i = 1; i < LANES; i++) top = x[i] > top ? x[i] : top;
-  return top;
 }
 
 // exp, within 2 units in the last place; 0 below -87, NaN for NaN, meant for x <= 88.
@@ -78,12 +79,19 @@ static inline void tile(int K, const float *a, long a_row, long a_k, const float
     for (int n = 0; n < VECTORS; n++) store(c + r * c_row + n * LANES, sums[r][n]);
 }
 
+// The last rows, fewer than a tile has: one tile, as many rows as are left.
+template <int VECTORS, int ROWS = TILE_ROWS - 1>
+static inline void rest(int rows, int K, const float *a, long a_row, long a_k, const float *b, long b_k, float *c, long c_row, bool add) {
+  if (rows == ROWS) tile<ROWS, VECTORS>(K, a, a_row, a_k, b, b_k, c, c_row, add);
+  else if constexpr (ROWS > 1) rest<VECTORS, ROWS - 1>(rows, K, a, a_row, a_k, b, b_k, c, c_row, add);
+}
+
 template <int VECTORS>
 static void panel(int M, int K, const float *a, long a_row, long a_k, const float *b, long b_k, float *c, long c_row, bool add) {
   int m = 0;
   for (; m + TILE_ROWS <= M; m += TILE_ROWS)
     tile<TILE_ROWS, VECTORS>(K, a + m * a_row, a_row, a_k, b, b_k, c + m * c_row, c_row, add);
-  for (; m < M; m++) tile<1, VECTORS>(K, a + m * a_row, a_row, a_k, b, b_k, c + m * c_row, c_row, add);
+  rest<VECTORS>(M - m, K, a + m * a_row, a_row, a_k, b, b_k, c + m * c_row, c_row, add);
 }
 
 // c [M, N] = a [M, K] b [K, N], added to c or stored over it; a in any strides, rows of b and c contiguous, N whole vectors.
@@ -142,9 +150,15 @@ static void read(const Rows &x, long long first, int count, int padded, float *t
 static void write(const Rows &x, long long row, const float *from, float scale) {
   float *const wide = static_cast<float *>(x.data) + row * x.row;
   unsigned short *const half = static_cast<unsigned short *>(x.data) + row * x.row;
-  for (int d = 0; d < x.channels; d++) {
-    if (x.bfloat16) half[d * x.channel] = narrow(scale * from[d]);
-    else wide[d * x.channel] = scale * from[d];
+  if (x.channel == 1 && x.bfloat16) {
+    for (int d = 0; d < x.channels; d++) half[d] = narrow(scale * from[d]);
+  } else if (x.channel == 1) {
+    for (int d = 0; d < x.channels; d++) wide[d] = scale * from[d];
+  } else {
+    for (int d = 0; d < x.channels; d++) {
+      if (x.bfloat16) half[d * x.channel] = narrow(scale * from[d]);
+      else wide[d * x.channel] = scale * from[d];
+    }
   }
 }
 
