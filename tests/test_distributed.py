@@ -1,5 +1,7 @@
 """Several processes are one: the same losses at the same global batch, and every held-out picture counted once."""
 import json
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -14,7 +16,7 @@ from vitprune.data import DataConfig, create_loaders
 from vitprune.digits import TensorLoader
 from vitprune.evaluate import evaluate
 from vitprune.resume import Checkpoints
-from vitprune.train import TrainConfig, train
+from vitprune.train import Stopped, TrainConfig, train
 
 CONFIG = TrainConfig(epochs=10, batch_size=12, lr=1e-3, warmup_epochs=1, backbone_lr_scale=1.0, backbone_frozen_epochs=0,
                      train_embeddings=True, ramp_tokens=True, eval_every=5)
@@ -74,6 +76,33 @@ def test_several_processes_equal_one(tmp_path, size):
     names = [sorted(p.name for p in (tmp_path / f"checkpoints-{n}").iterdir()) for n in (1, size)]
     assert names[0] == names[1]
     assert Checkpoints(tmp_path / f"checkpoints-{size}").found()[0].name == "step-00000050"
+
+
+def stop_and_go_on(rank, size, folder):
+    """SIGTERM reaches one process in the middle of the second epoch; the run goes on with all; write its records."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
+    config = replace(CONFIG, epochs=2)
+    for stop in (8, None):
+        model = prune(vit(), TokenPruning(0.6, at=(1, 2)))
+        try:
+            history = train(model, loaders(rank, size), config, checkpoints=Checkpoints(f"{folder}/checkpoints"),
+                            on_step=lambda done, loss: os.kill(os.getpid(), signal.SIGTERM) if done == stop and rank == 1 else None)
+            assert stop is None
+        except Stopped:
+            assert stop == 8
+    with open(f"{folder}/{size}-{rank}.json", "w") as file:
+        json.dump(history, file)
+    dist.destroy_process_group()
+
+
+def test_a_resumed_epoch_reports_the_losses_of_all_processes(tmp_path):
+    torch.manual_seed(0)
+    whole = train(prune(vit(), TokenPruning(0.6, at=(1, 2))), loaders(0, 1), replace(CONFIG, epochs=2))
+    mp.spawn(stop_and_go_on, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        for mine, theirs in zip(json.loads((tmp_path / f"2-{rank}.json").read_text()), whole, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5)
 
 
 def read(rank, size, folder):

@@ -159,14 +159,18 @@ class Run:
         """Whether blocks are being learned."""
         return getattr(self.model, "learning", None) is not None
 
-    def end_epoch(self, epoch: int, held_out) -> dict:
-        """The record of an epoch: its means, and the accuracies where it is time to evaluate."""
-        means = {name: total / self.steps for name, total in self.totals.items()}
+    def average_totals(self) -> None:
+        """Make the sums of this epoch those of all processes: every process must call it."""
         if world()[1] > 1:
-            for value in means.values():
+            for value in self.totals.values():
                 dist.all_reduce(value, op=dist.ReduceOp.AVG if self.device.type == "cuda" else dist.ReduceOp.SUM)
                 if self.device.type != "cuda":
                     value /= world()[1]
+
+    def end_epoch(self, epoch: int, held_out) -> dict:
+        """The record of an epoch: its means, and the accuracies where it is time to evaluate."""
+        self.average_totals()
+        means = {name: total / self.steps for name, total in self.totals.items()}
         lr = next((g["lr"] / g["lr_scale"] for g in self.optimizer.param_groups if g["lr_scale"]), 0.0)  # what config.lr has become
         record = {"epoch": epoch, "step": (epoch + 1) * self.steps, "lr": lr, **{name: value.item() for name, value in means.items()}}
         if self.corrupt:
