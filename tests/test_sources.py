@@ -427,6 +427,13 @@ def test_a_damaged_table_is_one_clear_error(tmp_path, kind):
         create_loaders(DataConfig(f"{kind}:{tmp_path}/train.parquet"), 2)
 
 
+@pytest.mark.parametrize("name, value", [("auto_augment", "garbage"), ("auto_augment", "rand-m9-zz5"), ("interpolation", "garbage"),
+                                         ("interpolation", "random"), ("reprob", 3.0)])
+def test_a_transform_that_timm_does_not_know_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"DataConfig: {name} must be .*, got {value!r}".replace("'", "'?")):
+        DataConfig("folder", **{name: value}).transform(training=True)
+
+
 def test_options_without_effect_are_refused(tmp_path):
     folder(tmp_path, ["cat"])
     with pytest.raises(ValueError, match="image_key must be None where no source has columns, got img"):

@@ -26,6 +26,7 @@ from .digits import load_digits
 from .evaluate import world
 from .sources import TABLES, UNREADABLE, Source, Stream, decode, open_source
 
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -78,9 +79,11 @@ class DataConfig:
         for name, ok, expected in (("image_size", self.image_size >= 1, ">= 1"), ("workers", self.workers >= 0, ">= 0"),
                                    ("resize", self.resize is None or self.resize >= self.image_size, f"None or >= {self.image_size}"),
                                    ("window", self.window is None or self.window >= 1, "None or >= 1"),
+                                   ("interpolation", self.interpolation in INTERPOLATIONS, f"one of {INTERPOLATIONS}"),
                                    ("image_key", columns or self.image_key is None, "None where no source has columns"),
                                    ("label_key", columns or self.label_key is None, "None where no source has columns"),
-                                   ("max_corrupt", 0 <= self.max_corrupt <= 1, "in [0, 1]"), ("hflip", 0 <= self.hflip <= 1, "in [0, 1]")):
+                                   ("max_corrupt", 0 <= self.max_corrupt <= 1, "in [0, 1]"), ("hflip", 0 <= self.hflip <= 1, "in [0, 1]"),
+                                   ("reprob", 0 <= self.reprob <= 1, "in [0, 1]")):
             if not ok:
                 raise ValueError(f"DataConfig: {name} must be {expected}, got {getattr(self, name)}")
 
@@ -95,8 +98,12 @@ class DataConfig:
         """timm's transform to a normalised tensor [3, S, S]."""
         common = dict(input_size=(3, self.image_size, self.image_size), interpolation=self.interpolation, mean=self.mean, std=self.std)
         if training and self.scale is not None:
-            return _with_posterize(create_transform(**common, is_training=True, scale=self.scale, ratio=self.ratio, hflip=self.hflip,
-                                                    color_jitter=self.color_jitter, auto_augment=self.auto_augment, re_prob=self.reprob))
+            try:
+                return _with_posterize(create_transform(
+                    **common, is_training=True, scale=self.scale, ratio=self.ratio, hflip=self.hflip, color_jitter=self.color_jitter,
+                    auto_augment=self.auto_augment, re_prob=self.reprob))
+            except (AssertionError, KeyError) as error:
+                raise ValueError(f"DataConfig: auto_augment must be a policy of timm's, got {self.auto_augment!r} ({error})") from None
         resize = self.resize or round(self.image_size / 0.875)
         return create_transform(**common, crop_pct=self.image_size / (resize + 0.5))  # timm rounds what it divides down
 
