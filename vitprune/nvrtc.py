@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 MISSING = "no NVRTC library is found (CUDA builds of torch bring one, in nvidia-cuda-nvrtc)"
+SEAL = hashlib.sha256().digest_size  # bytes at the end of a cached image that prove it whole
 _HERE = Path(__file__).parent
 SOURCES = next((p for p in (_HERE / "csrc", _HERE.parent / "csrc") if p.is_dir()), None)  # installed; editable install
 
@@ -76,17 +77,23 @@ def compiled(op: str, arch: str) -> bytes:
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
     path = cache_folder() / f"{op}.{arch}.nvrtc{'.'.join(map(str, version()))}.{digest}.bin"
     with contextlib.suppress(OSError):
-        return path.read_bytes()
+        image, seal = (content := path.read_bytes())[:-SEAL], content[-SEAL:]
+        if image and seal == hashlib.sha256(image).digest():  # else a disk or a crash damaged it: compile anew
+            return image
     image = build(op, source, headers, arch)
     with contextlib.suppress(OSError):  # a folder that cannot be written costs a compilation per process
-        write(path, image)
+        write(path, image + hashlib.sha256(image).digest())
     return image
 
 
 def cache_folder() -> Path:
-    """VITPRUNE_CACHE, or vitprune/ in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("VITPRUNE_CACHE") or Path(base) / "vitprune")
+    """VITPRUNE_CACHE, or vitprune/ in the user's cache folder; one that holds nothing for a user without a home."""
+    if folder := os.environ.get("VITPRUNE_CACHE"):
+        return Path(folder)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitprune"
+    except RuntimeError:  # a container's user may have none
+        return Path(os.devnull) / "vitprune"
 
 
 def write(path: Path, image: bytes) -> None:
