@@ -72,6 +72,19 @@ def test_report_lists_every_backend_with_its_reason():
     assert "torch<2.15" in printed
 
 
+def test_package_under_another_name(tmp_path, monkeypatch):
+    """onnxruntime-gpu brings the module onnxruntime; a folder in the way is no package."""
+    info = tmp_path / "other_openvino-1.2.dist-info"
+    for folder in (info, tmp_path / "openvino", tmp_path / "onnxruntime"):
+        folder.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other-openvino\nVersion: 1.2\n")
+    (info / "top_level.txt").write_text("openvino\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for name in ("openvino", "onnxruntime"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert [doctor._version(name) for name in ("openvino", "onnxruntime", "timm")] == ["1.2", None, None]
+
+
 def test_json_is_one_document():
     code = "from vitprune import doctor; doctor.main(json=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

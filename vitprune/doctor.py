@@ -155,7 +155,12 @@ def report(machine: Machine | None = None) -> dict:
 
 
 def _version(package: str) -> str | None:
-    return metadata.version(package) if util.find_spec(package) else None
+    if util.find_spec(package) is None:
+        return None
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # onnxruntime-gpu, pytorch-triton; or a mere folder of that name
+        return next(map(metadata.version, metadata.packages_distributions().get(package, ())), None)
 
 
 def text(facts: dict) -> str:
