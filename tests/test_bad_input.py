@@ -55,6 +55,10 @@ OPERATORS = {
     "short_attention: num_heads must be a positive divisor of 36 / 3, got 5": lambda: ops.short_attention(Z(2, 5, 36), num_heads=5),
     "short_attention: cu_seqlens must be int32 [B+1], got torch.int64 (2,)":
         lambda: ops.short_attention(Z(5, 36), num_heads=3, cu_seqlens=torch.tensor([0, 5]), max_seqlen=5),
+    "short_attention: qkv must be floating point, got torch.int64":
+        lambda: ops.short_attention(Z(2, 5, 36).long(), num_heads=3),
+    "short_attention: cu_seqlens must be on qkv's device cpu, got meta":
+        lambda: ops.short_attention(Z(5, 36), num_heads=3, cu_seqlens=IDS([0, 5]).to("meta"), max_seqlen=5),
     "short_attention: max_seqlen must be an int >= 0 with cu_seqlens, got None":
         lambda: ops.short_attention(Z(5, 36), num_heads=3, cu_seqlens=IDS([0, 5])),
     "select_tokens: x must be [B, P+N, C], got (5, 4)": lambda: ops.select_tokens(Z(5, 4), Z(1, 4), 2),

@@ -65,6 +65,7 @@ def test_registered():
 
 def test_empty():
     assert ops.short_attention(torch.randn(0, 5, 24), num_heads=2).shape == (0, 5, 8)
+    assert ops.short_attention(torch.randn(2, 5, 0), num_heads=2).shape == (2, 5, 0)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

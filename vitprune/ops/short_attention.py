@@ -24,13 +24,17 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
     """
     packed = cu_seqlens is not None
     qkv.dim() == (2 if packed else 3) or fail(OP, "qkv", "[T, 3*H*D]" if packed else "[B, N, 3*H*D]", qkv.shape)
+    qkv.dtype.is_floating_point or fail(OP, "qkv", "floating point", qkv.dtype)
     (num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0) or fail(OP, "num_heads", f"a positive divisor of {qkv.shape[-1]} / 3",
         num_heads)
     if packed:
         (cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] > 0) or fail(OP, "cu_seqlens",
             "int32 [B+1]", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
+        cu_seqlens.device == qkv.device or fail(OP, "cu_seqlens", f"on qkv's device {qkv.device}", cu_seqlens.device)
         (max_seqlen is not None and max_seqlen >= 0) or fail(OP, "max_seqlen", "an int >= 0 with cu_seqlens", max_seqlen)
     D = qkv.shape[-1] // (3 * num_heads)
+    if D == 0:
+        return qkv.clone()
     fits = True if D % 16 == 0 and 16 <= D <= 128 else False  # a branch, not the size: a graph with dynamic sizes has none to choose by
     facts = {"fits": fits, "packed": packed, "large": large(prod(qkv.shape[:-1]))}
     if qkv.device.type == "cpu":
