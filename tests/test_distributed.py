@@ -85,9 +85,12 @@ def stop_and_go_on(rank, size, folder):
     config = replace(CONFIG, epochs=2)
     for stop in (8, None):
         model = prune(vit(), TokenPruning(0.6, at=(1, 2)))
+
+        def on_step(done, loss, last=stop):
+            if done == last and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
         try:
-            history = train(model, loaders(rank, size), config, checkpoints=Checkpoints(f"{folder}/checkpoints"),
-                            on_step=lambda done, loss: os.kill(os.getpid(), signal.SIGTERM) if done == stop and rank == 1 else None)
+            history = train(model, loaders(rank, size), config, checkpoints=Checkpoints(f"{folder}/checkpoints"), on_step=on_step)
             assert stop is None
         except Stopped:
             assert stop == 8
