@@ -11,15 +11,15 @@ OPERATORS := $(filter $(basename $(notdir $(wildcard vitprune/ops/*.py))),$(base
 demo: .venv/demo.stamp
 	$(BIN)/vitprune demo
 
-# Triton's interpreter is switched on for a whole process, so its tests run in processes of their own, one a core.
-INTERPRET := TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+# Triton's interpreter is switched on for a whole process, so its tests run in processes of their own; one process a core.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 test: .venv/test.stamp
-	$(BIN)/python -m pytest -m "not long and not interpreter"
-	$(INTERPRET) $(BIN)/python -m pytest -n auto -m "interpreter and not long"
+	$(PYTEST) -m "not long and not interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not long"
 
 test-long: .venv/test.stamp
 	$(BIN)/python -m pytest -m "not interpreter"
-	$(INTERPRET) $(BIN)/python -m pytest -n auto -m "interpreter"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter"
 
 bench: .venv/test.stamp
 	set -e; for op in $(OPERATORS); do $(BIN)/python -m bench.$$op; done

@@ -227,3 +227,23 @@ def test_a_thousand_calls_from_thirty_two_threads():
     with ThreadPoolExecutor(32) as pool:
         for got in pool.map(call, range(1000)):
             assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+@CPP
+def test_any_number_of_threads_computes_the_same_bits():
+    torch.manual_seed(0)
+    leaves, qkv = [torch.randn(3, 3, 70, 32, requires_grad=True) for _ in range(3)] + [torch.rand(3, 70)], torch.randn(5, 70, 3 * 96)
+    x, scores, before = torch.randn(9, 70, 8), torch.rand(9, 69), torch.get_num_threads()
+
+    def results(threads):
+        torch.set_num_threads(threads)
+        with backend("cpp"):
+            out = policy_attention(*leaves)
+            with torch.no_grad():
+                rest = short_attention(qkv, num_heads=3), select_tokens(x, scores, 9)[0]
+            return out.detach(), *torch.autograd.grad(out.square().sum(), leaves[:3]), *rest
+    try:
+        one, four = results(1), results(4)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(one, four, strict=True))
