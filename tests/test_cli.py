@@ -12,6 +12,7 @@ from vitprune.cli import COMMANDS, main
 from vitprune.run import RunConfig
 
 SMALL = ["test_vit", "--at", "2", "3", "4", "--tokens", "0.7", "--score", "cls_attention"]
+TRAIN = ["train", "--model", "test_vit", "--output", "/tmp/nothing-is-written"]
 
 
 def run(capsys, *argv) -> dict:
@@ -90,6 +91,18 @@ def test_prune_a_checkpoint(tmp_path):
     (["prune", "test_vit", "--output", "/tmp/x"], "--tokens, --heads or --hidden must be given"),
     (["prune", "test_vit", "--heads", "0.5", "--checkpoint", "/nosuch.pth", "--output", "/tmp/x"], "/nosuch.pth"),
     (["eval", "test_vit", "--data", "/nosuch"], "source must be a folder"),
+    (["eval", "test_vit", "--data", "digits", "--batch-size", "0"], "batch_size must be >= 1, got 0"),
+    (["eval", "test_vit", "--data", "digits", "--device", "tpu"], "eval: device must be cpu or cuda, got 'tpu'"),
+    (["bench", *SMALL, "--device", "cuda:99"], "bench: device must be one this machine has, got 'cuda:99'"),
+    ([*TRAIN, "--device", "tpu"], "train: device must be cpu or cuda, got 'tpu'"),
+    ([*TRAIN, "--device", "cpu"], "model must take the data's pictures [1, 8, 8] (data.source 'digits'), test_vit takes [3, 160, 160]"),
+    ([*TRAIN, "--device", "cpu", "--model_args", '{"img_size": 8, "in_chans": 1, "patch_size": 2, "embed_dim": 33}'],
+     "model and model_args must make a timm VisionTransformer"),
+    ([*TRAIN, "--tokens.rate", "2"], "Parser key \"tokens\": Problem with given class_path 'vitprune.TokenPruning': Option 'rate' is not"),
+    ([*TRAIN, "--blocks.heads", "2"], "error: BlockPruning: heads must be in [0, 1], got 2.0\n"),
+    ([*TRAIN[:-1], __file__], "RunConfig: output must be a folder, got"),
+    (["train", "--config", __file__], "train: config must be YAML"),
+    (["show", "/nosuch"], "folder must hold model.safetensors"),
     (["table1", "--data", "/nosuch"], "data and checkpoints must be given together"),
     (["nothing"], "invalid choice: 'nothing'"),
     ([], 'to be one of {train,'),
@@ -122,6 +135,13 @@ def test_help(capsys, name):
 
 def test_doctor(capsys):
     run(capsys, "doctor", "--json")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    done = subprocess.run(f"{sys.executable} -m vitprune flops test_vit | true; echo ${{PIPESTATUS[0]}}", shell=True,
+                          executable="/bin/bash", capture_output=True, text=True)
+    assert done.stdout == "141\n"
+    assert "pipe" not in done.stderr
 
 
 def test_as_a_module():

@@ -9,10 +9,11 @@ from PIL import Image
 
 import vitprune
 from vitprune import BlockPruning, TokenPruning
+from vitprune.build import build
 from vitprune.data import DataConfig
 from vitprune.evaluate import evaluate_source
 from vitprune.measure import count
-from vitprune.run import RunConfig, build, main
+from vitprune.run import RunConfig, main
 from vitprune.train import TrainConfig
 
 ARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 2}

@@ -200,7 +200,8 @@ def test_evaluate_counts_by_hand():
 
 
 @pytest.mark.parametrize("field, value", [("epochs", 0), ("lr", 0.0), ("warmup_epochs", 31), ("smoothing", 1.0),
-                                          ("clip_grad", 0.0), ("backbone_lr_scale", -1.0), ("sched", "plateau"), ("sched", "none")])
+                                          ("clip_grad", 0.0), ("backbone_lr_scale", -1.0), ("sched", "plateau"), ("sched", "none"),
+                                          ("opt", "nope"), ("seed", -1)])
 def test_config_out_of_range(field, value):
     with pytest.raises(ValueError, match=f"TrainConfig: {field} must be .*, got {value}"):
         TrainConfig(**{field: value})

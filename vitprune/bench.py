@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .blocks import BlockPruning, tokens_per_block
+from .doctor import choose_device
 from .engine import ENGINES, Engine, Unavailable, build
 from .measure import count, image_size
 from .ops.dispatch import cpu
@@ -164,9 +165,7 @@ def bench(model: str, tokens: float | Sequence[float | int] | None = None, sched
             raise ValueError(f"bench: {what} must be one of {', '.join(known)}, got {unknown[0]!r}")
     if any(b < 1 for b in batches):
         raise ValueError(f"bench: batch must be >= 1, got {min(batches)}")
-    if torch.device(device).type == "cuda":
-        if not torch.cuda.is_available():
-            raise RuntimeError("bench: device must be one this machine has, got 'cuda' (no GPU is usable; see `vitprune doctor`)")
+    if torch.device(choose_device(device, "bench")).type == "cuda":
         baselines = list(dict.fromkeys((*(m for b in baselines for m in (COMPILED if b == "compiled" else (b,))), "cuda_graph")))
     dense, pruned = prepare(model, tokens, schedule, heads, hidden, score, method, at)
     before, after = count(dense), count(pruned)

@@ -1,5 +1,7 @@
 """The command line: `vitprune train | demo | prune | eval | flops | bench | table1 | export | doctor | tune`."""
 import json
+import os
+import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -11,6 +13,7 @@ from typing import get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArgumentError)
+_UNION = re.compile(r"Does not validate against any of the Union subtypes .*?Errors: - (.*?) - Expected a <class 'NoneType'>.*")
 
 
 class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -22,9 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         name, options = _parse(argv)
-        return COMMANDS[name][2](options) or 0
+        status = COMMANDS[name][2](options) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read the output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell says of a process that SIGPIPE ended
     except USER_ERRORS as e:
-        text = " ".join(str(e).split())
+        text = _UNION.sub(r"\1", " ".join(str(e).split()))
         print(f"vitprune: error: {text or type(e).__name__}", file=sys.stderr)
         return 2
 
@@ -93,9 +101,9 @@ def _pruning(options: Namespace) -> dict:
     return {"tokens": _tokens(options), "schedule": options.schedule, "heads": _scalar(options.heads), "hidden": _scalar(options.hidden)}
 
 
-def _device(name: str | None) -> str:
-    from .doctor import default_device
-    return name or default_device()
+def _device(options: Namespace, command: str) -> str:
+    from .doctor import choose_device
+    return choose_device(options.device, command)
 
 
 def _model(options: Namespace, compacted: bool = True):
@@ -181,7 +189,7 @@ def _bench(options: Namespace) -> None:
         raise FileNotFoundError(f"bench: out must be a file in a folder that exists, got {options.out!r}")
     _settle(options)
     result = bench.bench(options.model, **_pruning(options), score=options.score, method=options.method, at=options.at,
-                         device=_device(options.device), dtypes=options.dtype, batches=options.batch, baselines=options.baseline,
+                         device=_device(options, "bench"), dtypes=options.dtype, batches=options.batch, baselines=options.baseline,
                          rounds=options.rounds, min_time=options.min_time)
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
@@ -199,7 +207,7 @@ def _add_table1(parser: ArgumentParser) -> None:
 def _table1(options: Namespace) -> None:
     from . import table1
 
-    result = table1.table1(quick=options.quick, data=options.data, checkpoints=options.checkpoints, device=_device(options.device))
+    result = table1.table1(quick=options.quick, data=options.data, checkpoints=options.checkpoints, device=_device(options, "table1"))
     if options.json:
         print(json.dumps(result))
     else:
@@ -240,8 +248,8 @@ def _add_eval(parser: ArgumentParser) -> None:
 def _eval(options: Namespace) -> None:
     from .evaluate import evaluate_source
 
-    model = _model(options)
-    result = evaluate_source(model, options.data, _device(options.device), options.batch_size, resize=options.resize,
+    device, model = _device(options, "eval"), _model(options)
+    result = evaluate_source(model, options.data, device, options.batch_size, resize=options.resize,
                              eval_split=options.split, class_map=options.class_map, skip_corrupt=options.skip_corrupt,
                              workers=options.workers)
     print(json.dumps({"model": options.model, **result}) if options.json
@@ -338,7 +346,7 @@ def _add_tune(parser: ArgumentParser) -> None:
 def _tune(options: Namespace) -> None:
     from .tune import main as tune
 
-    tune(_device(options.device), options.quick, options.budget, options.json)
+    tune(_device(options, "tune"), options.quick, options.budget, options.json)
 
 
 def _doctor(options: Namespace) -> int | None:

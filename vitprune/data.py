@@ -76,14 +76,17 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         columns = any(source.partition(":")[0] in TABLES for source in (self.source, self.eval_source or ""))
-        for name, ok, expected in (("image_size", self.image_size >= 1, ">= 1"), ("workers", self.workers >= 0, ">= 0"),
+        for name, ok, expected in (("image_size", self.image_size >= 1, ">= 1"), ("workers", 0 <= self.workers <= 1024, "in 0..1024"),
                                    ("resize", self.resize is None or self.resize >= self.image_size, f"None or >= {self.image_size}"),
                                    ("window", self.window is None or self.window >= 1, "None or >= 1"),
                                    ("interpolation", self.interpolation in INTERPOLATIONS, f"one of {INTERPOLATIONS}"),
                                    ("image_key", columns or self.image_key is None, "None where no source has columns"),
                                    ("label_key", columns or self.label_key is None, "None where no source has columns"),
                                    ("max_corrupt", 0 <= self.max_corrupt <= 1, "in [0, 1]"), ("hflip", 0 <= self.hflip <= 1, "in [0, 1]"),
-                                   ("reprob", 0 <= self.reprob <= 1, "in [0, 1]")):
+                                   ("reprob", 0 <= self.reprob <= 1, "in [0, 1]"), ("std", min(self.std) > 0, "> 0"),
+                                   ("scale", self.scale is None or 0 < self.scale[0] <= self.scale[1] <= 1, "ascending in (0, 1], or None"),
+                                   ("ratio", 0 < self.ratio[0] <= self.ratio[1], "ascending and > 0"),
+                                   ("color_jitter", self.color_jitter is None or self.color_jitter >= 0, "None or >= 0")):
             if not ok:
                 raise ValueError(f"DataConfig: {name} must be {expected}, got {getattr(self, name)}")
 

@@ -3,6 +3,7 @@ import contextlib
 import json as jsonlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import warnings
@@ -114,6 +115,21 @@ def default_device(machine: Machine | None = None) -> str:
     if found:
         warnings.warn(f"running on the CPU: {found[0]}", stacklevel=2)
     return "cuda" if machine.gpus and not found else "cpu"
+
+
+def choose_device(name: str | None, what: str) -> str:
+    """`name` ("cpu", "cuda" or "cuda:1") where this machine has it; None: `default_device`.
+
+    Raises ValueError, or RuntimeError where there is no such GPU, in the name of `what`.
+    """
+    if name is None:
+        return default_device()
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"{what}: device must be cpu or cuda, got {name!r}")
+    if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise RuntimeError(f"{what}: device must be one this machine has, got {name!r} ({torch.cuda.device_count()} GPUs are usable; "
+                           "see `vitprune doctor`)")
+    return name
 
 
 def backends(device: torch.device) -> dict[str, dict[str, str | None]]:

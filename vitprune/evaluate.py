@@ -120,6 +120,8 @@ def evaluate_source(model: nn.Module, source: str, device: torch.device | str = 
     from .data import create_eval_loader
     from .digits import load_digits
 
+    if batch_size < 1:
+        raise ValueError(f"evaluate: batch_size must be >= 1, got {batch_size}")
     if source == "digits":
         size = getattr(model.patch_embed, "img_size", None)
         if size not in (None, (8, 8)):

@@ -1,7 +1,6 @@
 """A training run: one configuration, from YAML and the command line, and all that it names."""
 from __future__ import annotations
 
-import copy
 import json
 import os
 import sys
@@ -10,25 +9,23 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
-import timm
 import torch
 import torch.distributed as dist
 import yaml
-from torch import nn
 
 from . import checkpoint as folders
 from .blocks import BlockPruning
-from .convert import load_weights, start_from
+from .build import build
 from .data import DataConfig, create_loaders, subset_ids, write_subset
-from .doctor import default_device
-from .evaluate import TAG, world
+from .doctor import choose_device
+from .evaluate import world
 from .learned import refill, settle
 from .progress import Progress
 from .resume import Checkpoints, sync, write_metrics
 from .step import NonFiniteLoss
 from .tokens import TokenPruning
 from .train import Stopped, TrainConfig, keep_memory, train
-from .vit import PrunedViT, compact, prune
+from .vit import compact
 
 RECIPES = Path(__file__).parent / "recipes"
 _FREE = ("output", "resume", "keep_last", "save_every", "device", "data.workers")  # may differ where a run goes on
@@ -78,6 +75,7 @@ class RunConfig:
                 ("teacher", self.teacher != "start" or started, "None or another model where the start has random weights"),
                 ("teacher_checkpoint", self.teacher_checkpoint is None or self.teacher not in (None, "start"),
                  "None without a teacher's name"),
+                ("output", not Path(self.output).is_file(), "a folder"),
                 ("take", self.take == "first" or self.fraction is not None, "'first' where fraction is None"),
                 ("data.subset", self.data.subset is None or self.fraction is None, "None where fraction is given"),
                 ("refill", not self.refill or (self.blocks is not None and self.blocks.head_dim < 1), "off unless blocks.head_dim is < 1"),
@@ -96,6 +94,12 @@ def recipe(name: str) -> str:
     """
     shipped = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
     if Path(name).is_file():
+        try:
+            values = yaml.safe_load(Path(name).read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"train: config must be YAML, {name} is not: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"train: config must be a mapping of names to values, {name} holds {type(values).__name__}")
         return name
     if not shipped.is_file():
         known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
@@ -114,84 +118,6 @@ def find_recipes(argv: Sequence[str]) -> list[str]:
     return out
 
 
-def build(config: RunConfig, classes: int, names: Sequence[str] | None = None) -> tuple[nn.Module, nn.Module | None]:
-    """(model, teacher or None) of a run on pictures of so many classes, with those names where they are known."""
-    with torch.random.fork_rng():
-        torch.manual_seed(config.train.seed)
-        start, dense = _start(config, classes)
-        model = start
-        if config.tokens is not None and getattr(start, "tokens", None) != config.tokens:
-            model = prune(model, tokens=config.tokens)
-        if config.blocks is not None:
-            model = prune(model, blocks=config.blocks)
-        if dense is model:  # a saved model that is trained on as it is: its teacher must not learn with it
-            dense = copy.deepcopy(dense)
-        if not isinstance(model, PrunedViT) and not hasattr(model, "keep_counts"):
-            model = prune(model, blocks=BlockPruning(granularity=1))  # nothing leaves: the dense model, in a form that can be saved
-    if config.data.source != "digits":
-        data = config.data
-        model.pretrained_cfg = {"architecture": config.model, "tag": TAG, "input_size": (3, data.image_size, data.image_size),
-                                "mean": data.mean, "std": data.std, "interpolation": data.interpolation, "num_classes": classes,
-                                "label_names": names and list(names),
-                                "crop_pct": data.image_size / (data.resize or round(data.image_size / 0.875))}
-        model.default_cfg = model.pretrained_cfg
-    return model, _teacher(config, classes, dense)
-
-
-def _start(config: RunConfig, classes: int) -> tuple[nn.Module, nn.Module | None]:
-    """(the model to start from, the same without pruned tokens where there is one)."""
-    if Path(config.model).is_dir():
-        model = folders.load(config.model)
-        _check_classes("model", config.model, model.num_classes, classes)
-        return model, None if model.tokens is not None else model
-    model = _create(config, config.model, classes, config.pretrained)
-    if config.checkpoint is None:
-        return model, model
-    return start_from(model, config.checkpoint, config.tokens)
-
-
-def _create(config: RunConfig, name: str, classes: int, pretrained: bool) -> nn.Module:
-    if not timm.is_model(name):
-        raise ValueError(f"train: model must be the name of a timm model or a folder written by vitprune.save, got {name!r}")
-    arguments = {} if config.data.source == "digits" else {"img_size": config.data.image_size}
-    return timm.create_model(name, pretrained=pretrained, **{**arguments, "num_classes": classes, **config.model_args})
-
-
-def _teacher(config: RunConfig, classes: int, dense: nn.Module | None) -> nn.Module | None:
-    if config.teacher is None:
-        return None
-    if config.teacher == "start":
-        if config.pretrained:
-            _check_head(config.model, dense, classes)
-        if dense is None:
-            raise ValueError(f"train: teacher must be a model that keeps its tokens, but {config.model} prunes them: name another")
-        return dense
-    if Path(config.teacher).is_dir():
-        teacher = folders.load(config.teacher)
-        if teacher.tokens is not None:
-            raise ValueError(f"train: teacher must be a model that keeps its tokens, but {config.teacher} prunes them")
-    else:
-        teacher = _create(config, config.teacher, classes, pretrained=config.teacher_checkpoint is None)
-        if config.teacher_checkpoint is not None:
-            load_weights(teacher, config.teacher_checkpoint)
-        else:
-            _check_head(config.teacher, teacher, classes)
-    _check_classes("teacher", config.teacher, teacher.num_classes, classes)
-    return teacher
-
-
-def _check_head(name: str, teacher: nn.Module, classes: int) -> None:
-    """timm gives a pretrained model a new, random head where the number of classes differs."""
-    if (known := teacher.pretrained_cfg.get("num_classes", classes)) != classes:
-        raise ValueError(f"train: teacher must know the data's {classes} classes, the pretrained {name} knows {known} others: train it "
-                         "on the data without pruning first and name its folder, or teacher_checkpoint, or leave the teacher out")
-
-
-def _check_classes(what: str, name: str, got: int, classes: int) -> None:
-    if got != classes:
-        raise ValueError(f"train: {what} must have the data's {classes} classes, {name} has {got}")
-
-
 def main(config: RunConfig) -> int:
     """Train, evaluate and save; returns 0, or 128 + the signal's number for a run that was stopped and saved."""
     device = _join(config.device)
@@ -206,9 +132,11 @@ def main(config: RunConfig) -> int:
 
 def _join(device: str | None) -> torch.device:
     """This process's device; under torchrun it joins the others."""
-    name = device or default_device()
+    name = choose_device(device, "train")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return torch.device(name)
+    if ":" in name:
+        raise ValueError(f"train: device must be cpu or cuda for several processes, which take a GPU each, got {name!r}")
     if name == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if name == "cuda" else "gloo")

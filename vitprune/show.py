@@ -26,6 +26,10 @@ def show(model: PrunedViT, pictures: Sequence[str | Path], output: str | Path, m
     sections = []
     if pictures and model.tokens is None:
         raise ValueError("show: pictures must be none for a model whose tokens are not pruned")
+    if pictures and model.in_chans != 3:
+        raise ValueError(f"show: pictures must be none for a model that takes {model.in_chans} channels, not the 3 of a picture")
+    if metrics is not None and not Path(metrics).is_file():
+        raise FileNotFoundError(f"show: metrics must be the metrics.jsonl of a training run, got {str(metrics)!r}")
     if pictures:
         data = preprocessing(model, "")
         images = torch.stack([_read(path, data) for path in pictures])
@@ -40,9 +44,8 @@ def show(model: PrunedViT, pictures: Sequence[str | Path], output: str | Path, m
 
 
 def _read(path: str | Path, data: DataConfig) -> Tensor:
-    content = Path(path).read_bytes()
     try:
-        return data.transform(False)(decode(content))
+        return data.transform(False)(decode(Path(path).read_bytes()))
     except UNREADABLE as error:
         raise ValueError(f"show: {path} must be a picture that can be read, got {type(error).__name__}: {error}") from None
 

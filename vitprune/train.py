@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from timm.optim import get_optimizer_info
 from torch import Tensor, nn
 
 from . import learned
@@ -34,6 +35,13 @@ def keep_memory() -> None:
     if platform.libc_ver()[0] == "glibc":
         for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX: no mapping of its own for a large tensor; M_TRIM_THRESHOLD: never
             ctypes.CDLL(None).mallopt(option, value)
+
+
+def _is_optimizer(name: str) -> bool:
+    try:
+        return bool(get_optimizer_info(name.lower().rpartition("lookahead_")[2]))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,9 @@ class TrainConfig:
     def __post_init__(self):
         for name, ok, expected in (
                 ("epochs", self.epochs >= 1, ">= 1"), ("batch_size", self.batch_size >= 1, ">= 1"),
-                ("sched", self.sched in SCHEDS, f"one of {SCHEDS}"), ("lr", self.lr > 0, "> 0"),
+                ("opt", _is_optimizer(self.opt), "one of timm's optimizers"),
+                ("sched", self.sched in SCHEDS, f"one of {SCHEDS}"), ("seed", 0 <= self.seed < 2 ** 32, "in 0..2**32 - 1"),
+                ("lr", self.lr > 0, "> 0"),
                 ("min_lr", 0 <= self.min_lr <= self.lr, "in [0, lr]"),
                 ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, f"in 0..epochs ({self.epochs})"),
                 ("clip_grad", self.clip_grad is None or self.clip_grad > 0, "> 0 or None"),
