@@ -19,9 +19,10 @@ from pictures import SMALL, collect, encoded, folder, picture, same, table
 from PIL import Image
 
 import vitprune
-from vitprune.data import DataConfig, create_eval_loader, create_loaders, read_subset, subset_ids, write_subset
+from vitprune.data import DataConfig, create_eval_loader, create_loaders
 from vitprune.evaluate import evaluate_source, preprocessing
 from vitprune.sources import class_ids, decode, open_source
+from vitprune.subset import read_subset, subset_ids, write_subset
 
 
 @pytest.fixture

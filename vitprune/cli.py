@@ -12,6 +12,8 @@ from typing import get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from .arguments import add_json, add_pruning, add_weights, device_of, fill_in, model_of, pruning_of, scalar
+
 USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ImportError, ArgumentError)
 _UNION = re.compile(r"Does not validate against any of the Union subtypes .*?Errors: - (.*?) - Expected a <class 'NoneType'>.*")
 
@@ -53,108 +55,19 @@ def _parse(argv: list[str]) -> tuple[str, Namespace]:
     return options.command, options[options.command]
 
 
-# --- arguments -------------------------------------------------------------------------------------------------------
-
-def _add_pruning(parser: ArgumentParser, folder: bool = True) -> None:
-    parser.add_argument("model", type=str, help="timm model name" + (" or a folder written by `vitprune prune`" if folder else ""))
-    parser.add_argument("--tokens", type=int | float, nargs="+", help="base rate; or one entry a stage: ratios (0.7) or counts (137)")
-    parser.add_argument("--at", type=int, nargs="+", help="blocks before which tokens leave (3 6 9)")
-    parser.add_argument("--schedule", type=str, help="of a base rate: geometric (default) or subtractive")
-    parser.add_argument("--score", type=str, help="predictor (default), cls_attention or random")
-    parser.add_argument("--heads", type=int | float, nargs="+", help="fraction of heads kept; one, or one a layer")
-    parser.add_argument("--hidden", type=int | float, nargs="+", help="fraction of hidden units kept; one, or one a layer")
-    parser.add_argument("--method", type=str, help="how heads and hidden units are chosen: magnitude (default) or random")
-
-
-def _add_weights(parser: ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=str, help="weights of the timm model: .pth or .safetensors")
-    parser.add_argument("--pretrained", action="store_true", help="timm's pretrained weights")
-
-
-def _add_json(parser: ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout and nothing else there")
-
-
-def _scalar(values: list | None):
-    return values[0] if values is not None and len(values) == 1 else values
-
-
-def _tokens(options: Namespace):
-    """A single ratio is a base rate; a single count stays a list of one stage."""
-    values = options.tokens
-    return values if values is not None and len(values) == 1 and isinstance(values[0], int) and values[0] > 1 else _scalar(values)
-
-
-def _settle(options: Namespace) -> None:
-    """Refuse options that would have no effect, then fill in the defaults."""
-    base_rate = options.tokens is not None and not isinstance(_tokens(options), list)
-    for name, default, used, needs in (("at", [3, 6, 9], options.tokens is not None, "--tokens"),
-                                       ("score", "predictor", options.tokens is not None, "--tokens"),
-                                       ("schedule", "geometric", base_rate, "--tokens with one base rate"),
-                                       ("method", "magnitude", (options.heads, options.hidden) != (None, None), "--heads or --hidden")):
-        if options[name] is not None and not used:
-            raise ValueError(f"--{name} needs {needs}: without, it has no effect")
-        options[name] = default if options[name] is None else options[name]
-
-
-def _pruning(options: Namespace) -> dict:
-    return {"tokens": _tokens(options), "schedule": options.schedule, "heads": _scalar(options.heads), "hidden": _scalar(options.hidden)}
-
-
-def _device(options: Namespace, command: str) -> str:
-    from .doctor import choose_device
-    return choose_device(options.device, command)
-
-
-def _model(options: Namespace, compacted: bool = True):
-    """The model that the arguments describe, in evaluation mode: a saved folder, or a timm model, pruned where asked."""
-    import timm
-
-    import vitprune
-
-    _settle(options)
-    checkpoint, pretrained = getattr(options, "checkpoint", None), getattr(options, "pretrained", False)
-    if Path(options.model).is_dir():
-        if checkpoint or pretrained:
-            raise ValueError(f"{options.model} is a saved model: --checkpoint and --pretrained are for timm models")
-        model = vitprune.load(options.model)
-    elif timm.is_model(options.model):
-        if checkpoint and pretrained:
-            raise ValueError("--checkpoint and --pretrained exclude each other")
-        model = timm.create_model(options.model, pretrained=pretrained)
-    else:
-        raise ValueError(f"model must be a timm model name or a folder written by `vitprune prune`, got {options.model!r}")
-    tokens = blocks = None
-    if options.tokens is not None:
-        tokens = vitprune.TokenPruning(_tokens(options), at=tuple(options.at), schedule=options.schedule, score=options.score)
-    if options.heads is not None or options.hidden is not None:
-        blocks = vitprune.BlockPruning(1.0 if options.heads is None else _scalar(options.heads),
-                                       1.0 if options.hidden is None else _scalar(options.hidden), method=options.method)
-    if checkpoint:
-        model, dense = vitprune.convert.start_from(model, checkpoint, tokens if options.score == "predictor" else None)
-        tokens = tokens if model is dense else None  # with predictors in the checkpoint the tokens are pruned already
-    if tokens or blocks:
-        model = vitprune.prune(model, tokens=tokens, blocks=blocks)
-    if blocks and compacted:
-        model = vitprune.compact(model)
-    return model.eval()
-
-
-# --- commands --------------------------------------------------------------------------------------------------------
-
 def _add_flops(parser: ArgumentParser) -> None:
-    _add_pruning(parser)
-    _add_json(parser)
+    add_pruning(parser)
+    add_json(parser)
 
 
 def _flops(options: Namespace) -> None:
     from .measure import count
 
-    model = _model(options)
+    model = model_of(options)
     counts, tokens = count(model), getattr(model, "tokens", None)
     if options.json:
         print(json.dumps({"model": options.model, "tokens": tokens and asdict(tokens), "keep_counts": tokens and model.keep_counts,
-                          "heads": _scalar(options.heads), "hidden": _scalar(options.hidden), **counts.as_dict()}))
+                          "heads": scalar(options.heads), "hidden": scalar(options.hidden), **counts.as_dict()}))
         return
     print(f"{options.model}: {counts.params:,} parameters, {counts.macs:,} MACs ({counts.macs / 1e9:.3f} G, fvcore's convention; "
           f"{counts.macs_matmul:,} in matrix products alone; 1 MAC = 2 FLOPs)")
@@ -163,7 +76,7 @@ def _flops(options: Namespace) -> None:
 
 
 def _add_bench(parser: ArgumentParser) -> None:
-    _add_pruning(parser, folder=False)
+    add_pruning(parser, folder=False)
     parser.add_argument("--device", type=str, help="cpu or cuda; by default the GPU where there is one")
     parser.add_argument("--dtype", type=str, nargs="+", default=["float32"], help="float32, bfloat16, float16")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes")
@@ -173,7 +86,7 @@ def _add_bench(parser: ArgumentParser) -> None:
     parser.add_argument("--min-time", type=float, default=0.2, help="seconds a round of one engine lasts at least")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own number by default")
     parser.add_argument("--out", type=str, help="also write the JSON document to this file")
-    _add_json(parser)
+    add_json(parser)
 
 
 def _bench(options: Namespace) -> None:
@@ -187,9 +100,9 @@ def _bench(options: Namespace) -> None:
         torch.set_num_threads(options.threads)
     if options.out and not Path(options.out).parent.is_dir():
         raise FileNotFoundError(f"bench: out must be a file in a folder that exists, got {options.out!r}")
-    _settle(options)
-    result = bench.bench(options.model, **_pruning(options), score=options.score, method=options.method, at=options.at,
-                         device=_device(options, "bench"), dtypes=options.dtype, batches=options.batch, baselines=options.baseline,
+    fill_in(options)
+    result = bench.bench(options.model, **pruning_of(options), score=options.score, method=options.method, at=options.at,
+                         device=device_of(options, "bench"), dtypes=options.dtype, batches=options.batch, baselines=options.baseline,
                          rounds=options.rounds, min_time=options.min_time)
     if options.out:
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
@@ -201,13 +114,13 @@ def _add_table1(parser: ArgumentParser) -> None:
     parser.add_argument("--data", type=str, help="image folder of the ImageNet validation set, one folder a class (WordNet id)")
     parser.add_argument("--checkpoints", type=str, help="folder of weights, named as `vitprune table1 --json` lists under checkpoint")
     parser.add_argument("--device", type=str, help="cpu or cuda; by default the GPU where there is one")
-    _add_json(parser)
+    add_json(parser)
 
 
 def _table1(options: Namespace) -> None:
     from . import table1
 
-    result = table1.table1(quick=options.quick, data=options.data, checkpoints=options.checkpoints, device=_device(options, "table1"))
+    result = table1.table1(quick=options.quick, data=options.data, checkpoints=options.checkpoints, device=device_of(options, "table1"))
     if options.json:
         print(json.dumps(result))
     else:
@@ -215,8 +128,8 @@ def _table1(options: Namespace) -> None:
 
 
 def _add_prune(parser: ArgumentParser) -> None:
-    _add_pruning(parser)
-    _add_weights(parser)
+    add_pruning(parser)
+    add_weights(parser)
     parser.add_argument("--masked", action="store_true", help="keep all weights and skip the pruned ones, instead of removing them")
     parser.add_argument("--output", type=str, required=True, help="folder to write: config.json and model.safetensors")
 
@@ -226,14 +139,14 @@ def _prune(options: Namespace) -> None:
 
     if options.tokens is None and options.heads is None and options.hidden is None:
         raise ValueError("prune: --tokens, --heads or --hidden must be given, got none")
-    model = _model(options, compacted=not options.masked)
+    model = model_of(options, compacted=not options.masked)
     vitprune.save(model, options.output)
     print(f"{options.output}: {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 def _add_eval(parser: ArgumentParser) -> None:
-    _add_pruning(parser)
-    _add_weights(parser)
+    add_pruning(parser)
+    add_weights(parser)
     parser.add_argument("--data", type=str, required=True, help="an image folder, parquet:PATH, hf:NAME, stream:NAME or digits")
     parser.add_argument("--split", type=str, default="val", help="of the held-out pictures")
     parser.add_argument("--resize", type=int, help="of the shorter side before the crop; by default the model's, 256 for DeiT")
@@ -242,13 +155,13 @@ def _add_eval(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--device", type=str, help="cpu or cuda; by default the GPU where there is one")
-    _add_json(parser)
+    add_json(parser)
 
 
 def _eval(options: Namespace) -> None:
     from .evaluate import evaluate_source
 
-    device, model = _device(options, "eval"), _model(options)
+    device, model = device_of(options, "eval"), model_of(options)
     result = evaluate_source(model, options.data, device, options.batch_size, resize=options.resize,
                              eval_split=options.split, class_map=options.class_map, skip_corrupt=options.skip_corrupt,
                              workers=options.workers)
@@ -273,8 +186,8 @@ def _show(options: Namespace) -> None:
 
 
 def _add_export(parser: ArgumentParser) -> None:
-    _add_pruning(parser)
-    _add_weights(parser)
+    add_pruning(parser)
+    add_weights(parser)
     parser.add_argument("--output", type=str, required=True, help="ONNX file to write")
 
 
@@ -286,7 +199,7 @@ def _export(options: Namespace) -> None:
 
     if options.score == "random":
         raise ValueError("export: score must not be 'random': a file whose tokens are drawn anew cannot be checked against the model")
-    model = _model(options)
+    model = model_of(options)
     images = torch.randn(2, *image_size(model), generator=torch.Generator().manual_seed(0))
     path = export_onnx(model, options.output, images)
     difference = check_onnx(path, model, images)
@@ -340,13 +253,13 @@ def _add_tune(parser: ArgumentParser) -> None:
     from .tune import add_arguments
 
     add_arguments(parser)
-    _add_json(parser)
+    add_json(parser)
 
 
 def _tune(options: Namespace) -> None:
     from .tune import main as tune
 
-    tune(_device(options, "tune"), options.quick, options.budget, options.json)
+    tune(device_of(options, "tune"), options.quick, options.budget, options.json)
 
 
 def _doctor(options: Namespace) -> int | None:
@@ -365,6 +278,6 @@ COMMANDS: dict[str, tuple[str, Callable, Callable]] = {
     "table1": ("the paper's Table 1: printed, true, measured here", _add_table1, _table1),
     "show": ("pictures of what a pruned model keeps, and of how it was trained", _add_show, _show),
     "export": ("write an ONNX file and check it", _add_export, _export),
-    "doctor": ("what can run on this machine, and why the rest cannot", _add_json, _doctor),
+    "doctor": ("what can run on this machine, and why the rest cannot", add_json, _doctor),
     "tune": ("choose the fastest backends on this card, in a few minutes", _add_tune, _tune),
 }

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -12,7 +11,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .digits import load_digits
 from .evaluate import world
 from .sources import TABLES, UNREADABLE, Source, Stream, decode, open_source
+from .subset import read_subset
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -43,7 +42,7 @@ class DataConfig:
     workers: processes that decode. window: pictures are shuffled within windows of so many, None: all at once; a stream
         has windows of 10,000 by default (where it is sorted by class, shuffle it before), and other sources give the same
         batches with the same window.
-    subset: file of picture numbers (see `write_subset`). max_corrupt: share of unreadable pictures that training stands.
+    subset: file of picture numbers (see `subset.write_subset`). max_corrupt: share of unreadable pictures that training stands.
     skip_corrupt: whether evaluation, too, leaves them out instead of refusing.
     class_map: JSON file {class name: id}. image_key, label_key: columns, where they are not found. length: of a stream.
 
@@ -308,47 +307,3 @@ def count_classes(*sources: Source) -> int:
     """Classes of the sources together: by their names where they are known, else the largest id + 1."""
     named = [len(source.names) for source in sources if source.names is not None]
     return max(named) if named else max(max(source.labels()) for source in sources) + 1
-
-
-def subset_ids(labels: Sequence[int], fraction: float, how: str = "first", seed: int = 0) -> list[int]:
-    """Ascending numbers of a part of the pictures: the "first", a "random" or a class-"balanced" fraction of them."""
-    count = len(labels)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"subset: fraction must be in (0, 1], got {fraction}")
-    generator = torch.Generator().manual_seed(seed)
-    if how == "first":
-        return list(range(int(count * fraction)))
-    if how == "random":
-        return torch.randperm(count, generator=generator)[:int(count * fraction)].sort().values.tolist()
-    if how != "balanced":
-        raise ValueError(f"subset: how must be first, random or balanced, got {how!r}")
-    known, chosen = torch.tensor(list(labels)), []
-    for label in known.unique().tolist():
-        members = (known == label).nonzero().flatten()
-        chosen += members[torch.randperm(len(members), generator=generator)][:max(1, round(len(members) * fraction))].tolist()
-    return sorted(chosen)
-
-
-def write_subset(path: str | Path, ids: Sequence[int], count: int) -> None:
-    """Write the numbers of a subset and of how many pictures it is one."""
-    Path(path).write_text(json.dumps({"count": count, "ids": list(ids)}) + "\n")
-
-
-def read_subset(path: str | Path, count: int | None = None) -> list[int]:
-    """The numbers that `write_subset` wrote, of `count` pictures where that is given.
-
-    Raises ValueError where the file is none of its, is one of other pictures, or repeats a number.
-    """
-    try:
-        found = json.loads(Path(path).read_text())
-        ids, total = found["ids"], found["count"]
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            raise ValueError("ids that are not whole numbers")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'subset: {str(path)!r} must hold JSON {{"count": pictures, "ids": [numbers]}}, got {type(error).__name__}: '
-                         f"{error}") from None
-    if count is not None and total != count:
-        raise ValueError(f"subset: {str(path)!r} must be one of the source's {count} pictures, got one of {total}")
-    if len(set(ids)) != len(ids):
-        raise ValueError(f"subset: {str(path)!r} must hold each number once, got {len(ids) - len(set(ids))} repeated")
-    return ids

@@ -16,13 +16,14 @@ import yaml
 from . import checkpoint as folders
 from .blocks import BlockPruning
 from .build import build
-from .data import DataConfig, create_loaders, subset_ids, write_subset
+from .data import DataConfig, create_loaders
 from .doctor import choose_device
 from .evaluate import world
 from .learned import refill, settle
 from .progress import Progress
 from .resume import Checkpoints, sync, write_metrics
 from .step import NonFiniteLoss
+from .subset import subset_ids, write_subset
 from .tokens import TokenPruning
 from .train import Stopped, TrainConfig, keep_memory, train
 from .vit import compact
