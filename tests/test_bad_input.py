@@ -16,6 +16,7 @@ from torch import nn
 from vitprune import BlockPruning, PrunedAttention, PrunedMlp, TokenPruning, accelerate, compact, ops, prune
 from vitprune.checkpoint import load, save
 from vitprune.convert import load_dynamicvit, load_weights
+from vitprune.tokens import TokenPredictor
 
 Z = torch.zeros
 IDS = partial(torch.tensor, dtype=torch.int32)
@@ -49,6 +50,7 @@ OPERATORS = {
     "policy_attention: policy must be [B, N] = (2, 5), got (2, 4)": lambda: ops.policy_attention(q(), q(), q(), Z(2, 4)),
     "policy_attention: policy must be floating point (a boolean mask has no gradient), got torch.bool":
         lambda: ops.policy_attention(q(), q(), q(), Z(2, 5).bool()),
+    "policy_attention: k must be on q's device cpu, got meta": lambda: ops.policy_attention(q(), q().to("meta"), q(), Z(2, 5)),
     "policy_attention: policy must be on q's device cpu, got meta": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5, device="meta")),
     "policy_attention: eps must be >= 0, got -1.0": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps=-1.0),
     "short_attention: qkv must be [B, N, 3*H*D], got (5, 36)": lambda: ops.short_attention(Z(5, 36), num_heads=3),
@@ -83,6 +85,12 @@ OPERATORS = {
     "sliced_mlp: b1 must be [16], got (8,)": lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), Z(8), Z(8, 16), None, IDS([0]), width=4),
     "add_norm: residual must be like x, (2, 5, 4), got (2, 4, 4)": lambda: ops.add_norm(Z(2, 5, 4), Z(2, 4, 4), Z(4), Z(4), 1e-6),
     "add_norm: weight must be [C] = (4,), got (5,)": lambda: ops.add_norm(Z(2, 5, 4), Z(2, 5, 4), Z(5), Z(4), 1e-6),
+    "add_norm: gamma must be on x's device cpu, got meta":
+        lambda: ops.add_norm(Z(2, 4), Z(2, 4), Z(4), Z(4), 1e-6, gamma=Z(4, device="meta")),
+    "score_tokens: mask must be on patches's device cpu, got meta":
+        lambda: ops.score_tokens(Z(1, 5, 8), TokenPredictor(8), Z(1, 5, device="meta") == 0),
+    "score_tokens: predictor must be on patches's device cpu, got meta":
+        lambda: ops.score_tokens(Z(1, 5, 8), TokenPredictor(8).to("meta")),
     "backend: name must be one of": lambda: ops.backend("tritn").__enter__(),
 }
 

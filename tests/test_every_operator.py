@@ -78,6 +78,21 @@ def test_autocast(case, name, device):
             within_twice_unless_lucky(got if got.dtype == torch.bfloat16 else got.bfloat16(), plain, c)
 
 
+NAMES = {"select_tokens": "x scores", "compact_tokens": "x keep", "expand_rows": "rows cu_seqlens keep",
+         "add_norm": "x residual weight bias", "short_attention packed": "qkv cu_seqlens", "sliced_linear out": "x w b live",
+         "sliced_linear in": "x w b live", "sliced_mlp": "x w1 b1 w2 b2 live residual"}
+
+
+@pytest.mark.parametrize("case, name", [(case, name) for case, names in NAMES.items() for name in names.split()[1:]])
+def test_tensors_on_two_devices_are_refused(case, name):
+    function, args, _ = prepared(case, SMALL, "cpu")
+    names = NAMES[case].split()
+    assert len(args) == len(names)
+    i = names.index(name)
+    with pytest.raises(ValueError, match=f"^{case.split()[0]}: {name} must be on {names[0]}'s device cpu, got meta$"):
+        function(*args[:i], args[i].to("meta"), *args[i + 1:])
+
+
 @pytest.fixture
 def far(tmp_path):
     """far(t): the same values, the rows of its last dimension but one further apart than 2^31 elements allow, in a file of holes."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import add_norm as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
 
 OP = "add_norm"
 
@@ -16,12 +16,13 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, e
     """s = x + gamma * residual and LayerNorm(s); gamma is LayerScale (Touvron et al., CaiT, 2021, eq. 4).
 
     x, residual [..., C]; weight, bias, gamma [C] (bias and gamma may be None). Returns (s, normalised), both [..., C].
-    Raises ValueError for shapes that do not fit together.
+    Raises ValueError for shapes or devices that do not fit together.
     """
     residual.shape == x.shape or fail(OP, "residual", f"like x, {tuple(x.shape)}", residual.shape)
     C = x.shape[-1:]
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
         t is None or t.shape == C or fail(OP, name, f"[C] = {tuple(C)}", t if t is None else t.shape)
+    on_device(OP, "x", x.device, residual=residual, weight=weight, bias=bias, gamma=gamma)
     # A branch on the size, not the size: a graph traced with dynamic sizes needs constants to choose by.
     facts = {"residual": residual.dtype, "weight": weight.dtype, "gamma": (weight if gamma is None else gamma).dtype,
              "wide": True if C[0] > 4096 else False, "large": large(prod(x.shape[:-1]))}

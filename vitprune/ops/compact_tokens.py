@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from ..native import compact_tokens as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
 
 OP, INVERSE = "compact_tokens", "expand_rows"
 
@@ -27,11 +27,12 @@ def compact_tokens(x: Tensor, keep: Tensor, *, capacity: int | None = None) -> t
 def expand_rows(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, *, fill: float = 0.0) -> Tensor:
     """The inverse of `compact_tokens`: rows [R, C], cu_seqlens [B+1], keep bool [B, N] -> [B, N, C], dropped tokens = fill.
 
-    Raises ValueError for shapes that do not fit together.
+    Raises ValueError for shapes or devices that do not fit together.
     """
     rows.dim() == 2 or fail(INVERSE, "rows", "[R, C]", rows.shape)
     (keep.dim() == 2 and keep.dtype == torch.bool) or fail(INVERSE, "keep", "bool [B, N]", f"{keep.dtype} {tuple(keep.shape)}")
     cu_seqlens.shape == (keep.shape[0] + 1,) or fail(INVERSE, "cu_seqlens", f"[B+1] = {(keep.shape[0] + 1,)}", cu_seqlens.shape)
+    on_device(INVERSE, "rows", rows.device, cu_seqlens=cu_seqlens, keep=keep)
     return call(INVERSE, choose(INVERSE, rows.device, rows.dtype, large=large(keep.numel())), rows, cu_seqlens, keep, fill)
 
 
@@ -39,7 +40,7 @@ def _check(op: str, x: Tensor, name: str, keep: Tensor) -> None:
     x.dim() == 3 or fail(op, name, "[B, N, C]", x.shape)
     keep.dtype == torch.bool or fail(op, "keep", "bool", keep.dtype)
     keep.shape == x.shape[:2] or fail(op, "keep", f"[B, N] = {tuple(x.shape[:2])}", keep.shape)
-    keep.device == x.device or fail(op, "keep", f"on {name}'s device {x.device}", keep.device)
+    on_device(op, name, x.device, keep=keep)
 
 
 def _sequence_starts(keep: Tensor) -> Tensor:

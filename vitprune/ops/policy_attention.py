@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native import policy_attention as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
 
 OP = "policy_attention"
 
@@ -34,12 +34,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float) -> torch
     for name, t in (("k", k), ("v", v)):
         t.shape == q.shape or fail(OP, name, f"like q, {tuple(q.shape)}", t.shape)
         t.dtype == q.dtype or fail(OP, name, f"of q's dtype {q.dtype}", t.dtype)
-        t.device == q.device or fail(OP, name, f"on q's device {q.device}", t.device)
     q.dtype.is_floating_point or fail(OP, "q", "floating point", q.dtype)
     expected = (q.shape[0], q.shape[2])
     policy.shape == expected or fail(OP, "policy", f"[B, N] = {expected}", policy.shape)
     policy.dtype.is_floating_point or fail(OP, "policy", "floating point (a boolean mask has no gradient)", policy.dtype)
-    policy.device == q.device or fail(OP, "policy", f"on q's device {q.device}", policy.device)
+    on_device(OP, "q", q.device, k=k, v=v, policy=policy)
     eps >= 0 or fail(OP, "eps", ">= 0", eps)
     return q.shape
 

@@ -181,6 +181,12 @@ def gradient(op: str, backward: Callable, setup: Callable) -> None:
     torch.library.register_autograd(f"vitprune::{op}", backward, setup_context=setup, lib=LIBRARY)
 
 
+def on_device(op: str, of: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """Every tensor given must be on the device of argument `of`."""
+    for name, t in tensors.items():
+        t is None or t.device == device or fail(op, name, f"on {of}'s device {device}", t.device)
+
+
 def fail(op: str, argument: str, expected: str, got) -> NoReturn:
     """Raise ValueError `op: argument must be expected, got got`; written `condition or fail(...)`: its text costs only then."""
     got = tuple(got) if isinstance(got, torch.Size) else got

@@ -3,7 +3,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .linear import linear
-from .registry import Backend, call, choose, fail, serve
+from .registry import Backend, call, choose, fail, on_device, serve
 
 OP = "score_tokens"
 
@@ -12,12 +12,13 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
     """Log-odds of being kept, which order patches as the predictor's log-probabilities do.
 
     patches [B, N, C]; predictor: a `TokenPredictor` of width C; mask bool [B, N]: patches that the image still has (None:
-    all; scores of the others mean nothing). Returns [B, N]. Raises ValueError for shapes that do not fit together.
+    all; scores of the others mean nothing). Returns [B, N]. Raises ValueError for shapes or devices that do not fit together.
     """
     C = predictor.in_conv[1].in_features
     (patches.dim() == 3 and patches.shape[-1] == C) or fail(OP, "patches", f"[B, N, {C}]", patches.shape)
     expected = patches.shape[:2]
     mask is None or mask.shape == expected or fail(OP, "mask", f"[B, N] = {tuple(expected)}", mask if mask is None else mask.shape)
+    on_device(OP, "patches", patches.device, mask=mask, predictor=predictor.in_conv[1].weight)
     return call(OP, choose(OP, patches.device, patches.dtype), patches, predictor, mask)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..native import select_tokens as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
 
 OP = "select_tokens"
 
@@ -25,7 +25,7 @@ def select_tokens(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1) -> tupl
     N = x.shape[1] - prefix
     scores.shape == (x.shape[0], N) or fail(OP, "scores", f"[B, N] = {(x.shape[0], N)}", scores.shape)
     scores.dtype.is_floating_point or fail(OP, "scores", "floating point", scores.dtype)
-    scores.device == x.device or fail(OP, "scores", f"on x's device {x.device}", scores.device)
+    on_device(OP, "x", x.device, scores=scores)
     (isinstance(k, int) and not isinstance(k, bool) and 0 <= k <= N) or fail(OP, "k", f"an int in 0..{N}", k)
     many = True if N > 4096 else False  # a branch on the size, not the size: what a graph chooses by must be constant
     return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype, many=many, large=large(scores.numel())), x, scores, k, prefix)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import short_attention as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
 
 OP = "short_attention"
 SMALL = 120_000  # scores: measured on a CPU
@@ -30,7 +30,7 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
     if packed:
         (cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] > 0) or fail(OP, "cu_seqlens",
             "int32 [B+1]", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-        cu_seqlens.device == qkv.device or fail(OP, "cu_seqlens", f"on qkv's device {qkv.device}", cu_seqlens.device)
+        on_device(OP, "qkv", qkv.device, cu_seqlens=cu_seqlens)
         (max_seqlen is not None and max_seqlen >= 0) or fail(OP, "max_seqlen", "an int >= 0 with cu_seqlens", max_seqlen)
     D = qkv.shape[-1] // (3 * num_heads)
     if D == 0:

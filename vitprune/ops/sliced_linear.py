@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import sliced_product as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
 
 OP = "sliced_linear"
 
@@ -26,18 +26,18 @@ def sliced_linear(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, *, side:
     w.dim() == 2 or fail(OP, "w", "[O, I]", w.shape)
     sliced = w.shape[0 if side == "out" else 1]
     (width > 0 and sliced % width == 0) or fail(OP, "width", f"a divisor of {sliced}", width)
-    check_live(OP, live, sliced // width, x.device)
+    check_live(OP, live, sliced // width)
     inputs = w.shape[1] if side == "out" else live.shape[0] * width
     (x.dim() > 0 and x.shape[-1] == inputs) or fail(OP, "x", f"[..., {inputs}]", x.shape)
     b is None or b.shape == w.shape[:1] or fail(OP, "b", f"[O] = {tuple(w.shape[:1])}", b if b is None else b.shape)
+    on_device(OP, "x", x.device, w=w, b=b, live=live)
     return call(OP, choose(OP, x.device, x.dtype, width=width, large=large(prod(x.shape[:-1]))), x, w, b, live, side, width)
 
 
-def check_live(op: str, live: Tensor, blocks: int, device: torch.device) -> None:
-    """live must be int32 [L] with L <= blocks, on that device."""
+def check_live(op: str, live: Tensor, blocks: int) -> None:
+    """live must be int32 [L] with L <= blocks."""
     (live.dim() == 1 and live.dtype == torch.int32) or fail(op, "live", "int32 [L]", f"{live.dtype} {tuple(live.shape)}")
     live.shape[0] <= blocks or fail(op, "live", f"at most {blocks} block ids", live.shape[0])
-    live.device == device or fail(op, "live", f"on x's device {device}", live.device)
 
 
 def block_index(live: Tensor, width: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import sliced_product as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
 from .sliced_linear import as_rows, block_index, check_live, one_dtype, spread
 
 OP = "sliced_mlp"
@@ -29,9 +29,10 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     for name, t, n in (("b1", b1, hidden), ("b2", b2, w2.shape[0])):
         t is None or t.shape == (n,) or fail(OP, name, f"[{n}]", t if t is None else t.shape)
     (width > 0 and hidden % width == 0) or fail(OP, "width", f"a divisor of F = {hidden}", width)
-    check_live(OP, live, hidden // width, x.device)
+    check_live(OP, live, hidden // width)
     out = (*x.shape[:-1], w2.shape[0])
     residual is None or residual.shape == out or fail(OP, "residual", f"{out}", residual if residual is None else residual.shape)
+    on_device(OP, "x", x.device, w1=w1, b1=b1, w2=w2, b2=b2, live=live, residual=residual)
     name = choose(OP, x.device, x.dtype, width=width, large=large(prod(x.shape[:-1])))
     cast = x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
     if residual is not None and (cast or residual.dtype != x.dtype):  # it keeps its precision
