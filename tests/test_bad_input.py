@@ -74,6 +74,11 @@ OPERATORS = {
     "compact_tokens: keep must be [B, N] = (1, 5), got (1, 4)": lambda: ops.compact_tokens(Z(1, 5, 4), Z(1, 4).bool()),
     "compact_tokens: capacity must be >= 0, got -1": lambda: ops.compact_tokens(Z(1, 5, 4), Z(1, 5).bool(), capacity=-1),
     "expand_rows: rows must be [R, C], got (5,)": lambda: ops.expand_rows(Z(5), IDS([0, 5]), Z(1, 5).bool()),
+    "expand_rows: cu_seqlens must be int32 or int64, got torch.float32": lambda: ops.expand_rows(Z(5, 4), Z(2), Z(1, 5).bool()),
+    "expand_rows: cu_seqlens must be keep's counts, summed, [0, 2, 5], got [0, 3, 5]":
+        lambda: ops.expand_rows(Z(5, 4), IDS([0, 3, 5]), IDS([[1, 1, 0], [1, 1, 1]]).bool()),
+    "expand_rows: rows must be [R, C] with R >= cu_seqlens[-1] = 2, got (1, 4)":
+        lambda: ops.expand_rows(Z(1, 4), torch.tensor([0, 2]), IDS([[1, 1, 0]]).bool()),
     "expand_rows: cu_seqlens must be [B+1] = (2,), got (3,)": lambda: ops.expand_rows(Z(5, 4), IDS([0, 5, 5]), Z(1, 5).bool()),
     "sliced_linear: side must be 'in' or 'out', got 'up'": lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, IDS([0]), side="up", width=4),
     "sliced_linear: width must be a divisor of 8, got 3": lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, IDS([0]), side="out", width=3),

@@ -7,6 +7,7 @@ from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_lau
 from oracles import check_operator
 
 from vitprune import native, ops
+from vitprune.native import compact_tokens as native_compact_tokens
 from vitprune.ops import backend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -110,7 +111,7 @@ def test_cuda_chunks_and_bounds(name, device, monkeypatch):
             with backend(name):
                 rows, cu_seqlens = ops.compact_tokens(x, keep, capacity=B * N + 33)
                 out = ops.expand_rows(rows, cu_seqlens, keep, fill=0.5)
-                lost = ops.expand_rows(rows[:3], cu_seqlens - 1, keep, fill=0.5)
+            lost = native_compact_tokens.expand_cuda(rows[:3], cu_seqlens - 1, keep, 0.5)
             assert torch.equal(rows[:int(keep.sum())], x[keep]) and not rows[int(keep.sum()):].any()
             assert torch.equal(out, torch.where(keep[..., None], x, 0.5)) and (lost[keep][4:] == 0).all() and (lost[~keep] == 0.5).all()
     if device == "cpu":  # on a GPU the device reports it later, and is lost

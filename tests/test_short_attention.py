@@ -1,3 +1,4 @@
+import re
 from unittest import mock
 
 import numpy as np
@@ -219,7 +220,7 @@ def test_cuda_edges(name, device):
     out = native_cuda((bad, None, None, None), {"H": 2, "scale": None})
     assert out[[0, 2]].isfinite().all() and out[1].isnan().all()
     for ends in ([0, 20, 99, 60], [-5, 20, 40, 60], [0, 61, 62, 63], [40, 20, 0, 7]):  # rows that are not there are not read or written
-        native_cuda((bad.flatten(0, 1), None, torch.tensor(ends, dtype=torch.int32, device=device), 20), {"H": 2, "scale": None})
+        native.cuda(bad.flatten(0, 1), 2, torch.tensor(ends, dtype=torch.int32, device=device), 20, 0.25)
     ends = torch.tensor([0, 20, 20, 35, 40], dtype=torch.int32, device=device)
     rows = native_cuda((bad.flatten(0, 1), None, ends, 20), {"H": 2, "scale": None})
     assert torch.equal(rows[:20], out[0]) and rows[20:35].isnan().all() and rows[35:40].isfinite().all() and not rows[40:].any()
@@ -245,11 +246,16 @@ def test_cpp_edges():
     assert out[[0, 2]].isfinite().all() and out[1].isnan().any()
 
 
-@CPP
-@pytest.mark.parametrize("ends, most", [([0, 5, 3], 9), ([0, 11], 11), ([-1, 4], 9), ([0, 4, 8], 3)])
-def test_cpp_refuses_rows_that_are_not_there(ends, most):
-    with pytest.raises(ValueError, match="short_attention: cu_seqlens must ascend within 0..10 by at most max_seqlen="):
-        native.cpp(torch.randn(10, 96), 2, torch.tensor(ends, dtype=torch.int32), most, 0.25)
+@pytest.mark.parametrize("ends, most", [([0, 5, 3], 9), ([0, 11], 11), ([-1, 4], 9), ([0, 4, 8], 3), ([1, 4], 9)])
+@pytest.mark.parametrize("name", [*BACKENDS, pytest.param("cpp", marks=CPP)])
+def test_rows_that_are_not_there_are_refused(name, ends, most):
+    qkv, ends = torch.randn(10, 96), torch.tensor(ends, dtype=torch.int32)
+    message = re.escape(f"short_attention: cu_seqlens must ascend from 0 to at most 10 by at most max_seqlen={most}, got {ends.tolist()}")
+    with ops.backend(name), torch.no_grad(), pytest.raises(ValueError, match=message):
+        ops.short_attention(qkv, num_heads=2, cu_seqlens=ends, max_seqlen=most)
+    if name == "cpp":  # as in a compiled graph, which meets the numbers only there
+        with pytest.raises(ValueError, match=message):
+            torch.ops.vitprune.short_attention(qkv, 2, ends, most, 0.25, "cpp")
 
 
 @CPP

@@ -7,6 +7,5 @@ void short_attention_cpu(const ShortAttentionParams &p, int threads) {
   if (p.cu_seqlens == nullptr) return;
   const long long row = (long long)p.H * p.D * (p.bfloat16 ? 2 : 4), end = p.cu_seqlens[p.B];
   char *const out = static_cast<char *>(p.out);
-  std::fill(out, out + p.cu_seqlens[0] * row, 0);  // rows of no sequence
-  std::fill(out + end * row, out + p.T * row, 0);
+  std::fill(out + end * row, out + p.T * row, 0);  // rows of no sequence
 }

@@ -29,19 +29,24 @@ def _bfloat16_products_win() -> bool:
     return torch.cpu._is_avx512_bf16_supported() and (cpu("vendor_id") != "GenuineIntel" or torch.cpu._is_amx_tile_supported())
 
 
+def lengths(ends: list[int], rows: int, max_seqlen: int) -> list[int]:
+    """Rows of each sequence. Raises ValueError for ends that are no rows of qkv."""
+    counts = [b - a for a, b in zip(ends, ends[1:])]
+    if ends[0] != 0 or ends[-1] > rows or min(counts, default=0) < 0 or max(counts, default=0) > max_seqlen:
+        raise ValueError(f"short_attention: cu_seqlens must ascend from 0 to at most {rows} by at most max_seqlen={max_seqlen}, "
+                         f"got {str(ends):.100}")
+    return counts
+
+
 def cpp(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
-    """On the CPU, with as many threads as torch uses. Raises ValueError for cu_seqlens that are no rows of qkv."""
+    """On the CPU, with as many threads as torch uses. Raises ValueError as `lengths` does."""
     out = torch.empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=qkv.dtype)
     rows, D = out.numel() // max(out.shape[-1], 1), out.shape[-1] // num_heads
     if cu_seqlens is None:
         B, N = qkv.shape[:2]
     else:
-        lengths = cu_seqlens.diff()
-        B, N = lengths.shape[0], int(lengths.max()) if lengths.numel() else 0
-        if lengths.lt(0).any() or not 0 <= int(cu_seqlens[0]) <= int(cu_seqlens[-1]) <= rows or N > max_seqlen:
-            raise ValueError(f"short_attention: cu_seqlens must ascend within 0..{rows} by at most max_seqlen={max_seqlen}, "
-                             f"got {cu_seqlens.tolist()}")
-        cu_seqlens = cu_seqlens.contiguous()
+        counts = lengths(cu_seqlens.tolist(), rows, max_seqlen)  # again: a compiled graph knows them only here
+        B, N, cu_seqlens = len(counts), max(counts, default=0), cu_seqlens.contiguous()
     if qkv.stride(-1) != 1 or (cu_seqlens is None and qkv.stride(0) != N * qkv.stride(1)):
         qkv = qkv.contiguous()
     params = _native.ShortAttentionParams(qkv.data_ptr(), out.data_ptr(), 0 if cu_seqlens is None else cu_seqlens.data_ptr(),

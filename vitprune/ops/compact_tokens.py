@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from ..native import compact_tokens as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve, values
 
 OP, INVERSE = "compact_tokens", "expand_rows"
 
@@ -25,14 +25,19 @@ def compact_tokens(x: Tensor, keep: Tensor, *, capacity: int | None = None) -> t
 
 
 def expand_rows(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, *, fill: float = 0.0) -> Tensor:
-    """The inverse of `compact_tokens`: rows [R, C], cu_seqlens [B+1], keep bool [B, N] -> [B, N, C], dropped tokens = fill.
+    """The inverse of `compact_tokens`: rows [R, C], cu_seqlens [B+1] int32 or int64, keep bool [B, N] -> [B, N, C], dropped tokens = fill.
 
-    Raises ValueError for shapes or devices that do not fit together.
+    Raises ValueError for shapes or devices that do not fit together, and on a CPU for cu_seqlens that are not those of keep.
     """
     rows.dim() == 2 or fail(INVERSE, "rows", "[R, C]", rows.shape)
     (keep.dim() == 2 and keep.dtype == torch.bool) or fail(INVERSE, "keep", "bool [B, N]", f"{keep.dtype} {tuple(keep.shape)}")
     cu_seqlens.shape == (keep.shape[0] + 1,) or fail(INVERSE, "cu_seqlens", f"[B+1] = {(keep.shape[0] + 1,)}", cu_seqlens.shape)
+    cu_seqlens.dtype in (torch.int32, torch.int64) or fail(INVERSE, "cu_seqlens", "int32 or int64", cu_seqlens.dtype)
     on_device(INVERSE, "rows", rows.device, cu_seqlens=cu_seqlens, keep=keep)
+    if (ends := values(cu_seqlens)) is not None:
+        counted = _sequence_starts(keep).tolist()
+        ends == counted or fail(INVERSE, "cu_seqlens", f"keep's counts, summed, {str(counted):.100}", f"{str(ends):.100}")
+        ends[-1] <= rows.shape[0] or fail(INVERSE, "rows", f"[R, C] with R >= cu_seqlens[-1] = {ends[-1]}", rows.shape)
     return call(INVERSE, choose(INVERSE, rows.device, rows.dtype, large=large(keep.numel())), rows, cu_seqlens, keep, fill)
 
 

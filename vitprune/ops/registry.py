@@ -187,6 +187,13 @@ def on_device(op: str, of: str, device: torch.device, **tensors: Tensor | None) 
         t is None or t.device == device or fail(op, name, f"on {of}'s device {device}", t.device)
 
 
+def values(t: Tensor) -> list | None:
+    """The numbers of a tensor where reading them waits for nothing: on a CPU, outside of what is traced; None elsewhere."""
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(t) is not Tensor:
+        return None
+    return t.tolist()
+
+
 def fail(op: str, argument: str, expected: str, got) -> NoReturn:
     """Raise ValueError `op: argument must be expected, got got`; written `condition or fail(...)`: its text costs only then."""
     got = tuple(got) if isinstance(got, torch.Size) else got

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import short_attention as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve, values
 
 OP = "short_attention"
 SMALL = 120_000  # scores: measured on a CPU
@@ -18,9 +18,9 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
     """softmax(q k^T * scale) v, written straight as rows of H*D channels.
 
     Dense: qkv [B, N, 3*H*D] -> [B, N, H*D]. Packed: qkv [T, 3*H*D] with cu_seqlens int32 [B+1] -> [T, H*D]; sequence b is
-    rows cu_seqlens[b]:cu_seqlens[b+1], at most max_seqlen of them (needed there: it is never read back from the
+    rows cu_seqlens[b]:cu_seqlens[b+1], from row 0 on, at most max_seqlen of them (needed there: it is never read back from the
     device); rows past cu_seqlens[-1] give zero. scale: D^-0.5 by default.
-    Raises ValueError for arguments that do not fit together.
+    Raises ValueError for arguments that do not fit together; what cu_seqlens holds is seen on a CPU only, since nothing waits for a GPU.
     """
     packed = cu_seqlens is not None
     qkv.dim() == (2 if packed else 3) or fail(OP, "qkv", "[T, 3*H*D]" if packed else "[B, N, 3*H*D]", qkv.shape)
@@ -32,6 +32,8 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
             "int32 [B+1]", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
         on_device(OP, "qkv", qkv.device, cu_seqlens=cu_seqlens)
         (max_seqlen is not None and max_seqlen >= 0) or fail(OP, "max_seqlen", "an int >= 0 with cu_seqlens", max_seqlen)
+        if (ends := values(cu_seqlens)) is not None:
+            native.lengths(ends, qkv.shape[0], max_seqlen)
     D = qkv.shape[-1] // (3 * num_heads)
     if D == 0:
         return qkv.clone()
@@ -59,8 +61,7 @@ def reference(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen
 
 def library(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
     """PyTorch's fastest attention; packed rows one sequence at a time on a CPU, padded under a mask elsewhere."""
-    if cu_seqlens is not None and qkv.device.type == "cpu" and not torch.compiler.is_compiling():
-        ends = cu_seqlens.tolist()
+    if cu_seqlens is not None and (ends := values(cu_seqlens)) is not None:
         lengths = [b - a for a, b in zip(ends, ends[1:])]
         parts = [library(s[None], num_heads, None, 0, scale)[0] for s in qkv[:ends[-1]].split(lengths)]
         return torch.cat([*parts, qkv.new_zeros(qkv.shape[0] - ends[-1], qkv.shape[1] // 3)])
