@@ -23,9 +23,14 @@ def run(*command, cwd=None, **environment):
     return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=cwd, env=clean | environment)
 
 
+def pip_wheel(folder: Path, source: Path = ROOT, **environment) -> subprocess.CompletedProcess:
+    """What `pip wheel` prints, which builds in isolation."""
+    return run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, source, **environment)
+
+
 def wheel(folder: Path, source: Path = ROOT, **environment) -> set[str] | None:
-    """Names of the files of the wheel that `pip wheel` builds in isolation, or None where it fails."""
-    done = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, source, **environment)
+    """Names of the files of the wheel that `pip wheel` builds, or None where it fails."""
+    done = pip_wheel(folder, source, **environment)
     built = list(folder.glob("vitprune-*.whl"))
     assert (done.returncode == 0) == bool(built), done.stderr
     return set(zipfile.ZipFile(built[0]).namelist()) if built else None
@@ -161,6 +166,13 @@ class TestBuild:
     def test_architectures(self, tmp_path, plan, asked, archs):
         """Those of the cards present, else all; or what is asked for."""
         assert cubins(wheel(tmp_path, **fake_cuda_home(tmp_path, SEES % plan), **asked)) == each_cubin(*archs)
+
+    @pytest.mark.parametrize("asked", ["8.0", "sm_80", "61", "80;x", "al"])
+    def test_architectures_that_are_none_fail(self, tmp_path, asked):
+        """Also those that nvcc does not know; nothing but CUDA kernels would tell that they are missing."""
+        done = pip_wheel(tmp_path, **fake_cuda_home(tmp_path, SEES % ("860", "")), VITPRUNE_CUDA_ARCHS=asked)
+        assert done.returncode != 0
+        assert f"VITPRUNE_CUDA_ARCHS must be all, or some that nvcc knows (80;86;90), got {asked}" in " ".join(done.stderr.split())
 
     @pytest.mark.skipif(NVCC is None, reason="no nvcc")
     @pytest.mark.parametrize("archs, seconds", [("all", 180), ("80", 45)])

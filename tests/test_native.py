@@ -1,6 +1,7 @@
 """Finding, compiling, caching and refusing compiled backends."""
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,26 @@ def test_reason_without_cubin_and_nvrtc(monkeypatch):
     monkeypatch.setattr(native, "cubin_path", lambda *_: None)
     monkeypatch.setattr(nvrtc, "library", lambda: None)
     assert native.reason_cuda(CUDA, "select_tokens").startswith(nvrtc.MISSING)
+
+
+@pytest.mark.parametrize("asked", ["8.0", "sm_80", "80,", "12"])
+def test_forced_architecture(monkeypatch, asked):
+    """Where there is an NVRTC to know architectures by; without one the form alone is refused."""
+    monkeypatch.setattr(native, "_missing", None)
+    monkeypatch.setenv("VITPRUNE_CUDA_ARCH", asked)
+    if nvrtc.library():
+        listed = " ".join(map(str, nvrtc.architectures()))
+        message = re.escape(f"VITPRUNE_CUDA_ARCH must be an architecture that NVRTC compiles for ({listed}), got {asked!r}")
+        with backend("cuda"), pytest.raises(ValueError, match=message):
+            registry.choose("select_tokens", CUDA, torch.float32, scores=torch.float32, many=False, large=False)
+        monkeypatch.setenv("VITPRUNE_CUDA_ARCH", "75")
+        assert native.capability(CUDA) == (7, 5) and native.reason_cuda(CUDA, "select_tokens") is None
+    monkeypatch.setattr(nvrtc, "library", lambda: None)
+    monkeypatch.setenv("VITPRUNE_CUDA_ARCH", "61")
+    assert native.reason_cuda(CUDA, "select_tokens") == f"{nvrtc.MISSING}, and VITPRUNE_CUDA_ARCH needs it"
+    monkeypatch.setenv("VITPRUNE_CUDA_ARCH", "6.1")
+    with pytest.raises(ValueError, match=r"VITPRUNE_CUDA_ARCH must be .* \(75 \.\.\.\), got '6\.1'"):
+        native.capability(CUDA)
 
 
 def test_forced_backend_raises_its_reason():

@@ -34,15 +34,31 @@ def reason_cuda(device: torch.device, op: str) -> str | None:
         return "runs on an NVIDIA GPU; this torch is built for ROCm"
     if _missing:
         return _missing
-    if cubin_path(op, capability(device)) is None and nvrtc.library() is None:
+    if forced() and nvrtc.library() is None:
+        return f"{nvrtc.MISSING}, and VITPRUNE_CUDA_ARCH needs it"
+    if nvrtc.library() is None and cubin_path(op, capability(device)) is None:
         return f"{nvrtc.MISSING}, and no cubin was built for this card when installed"
     return None
 
 
+def forced() -> int | None:
+    """VITPRUNE_CUDA_ARCH (61, 75, ...): an older card, whose code is compiled to PTX for this one; None where it is not set.
+
+    Raises ValueError for anything else.
+    """
+    asked = os.environ.get("VITPRUNE_CUDA_ARCH")
+    if not asked:
+        return None
+    known = nvrtc.architectures() if nvrtc.library() else []
+    if not asked.isdecimal() or (known and int(asked) not in known):
+        raise ValueError(f"VITPRUNE_CUDA_ARCH must be an architecture that NVRTC compiles for ({' '.join(map(str, known)) or '75 ...'}), "
+                         f"got {asked!r}")
+    return int(asked)
+
+
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability whose code runs there: the card's, or VITPRUNE_CUDA_ARCH's (61, 75, ...), compiled to PTX on a newer card."""
-    older = os.environ.get("VITPRUNE_CUDA_ARCH")
-    return divmod(int(older), 10) if older else torch.cuda.get_device_capability(device)
+    """The compute capability whose code runs there: the card's, or the one that is forced."""
+    return divmod(arch, 10) if (arch := forced()) else torch.cuda.get_device_capability(device)
 
 
 def driver_version() -> int:
@@ -76,7 +92,7 @@ def kernel(op: str, name: str, index: int, shared: int = 0):
 
     Raises RuntimeError naming the kernel and what failed.
     """
-    if older := os.environ.get("VITPRUNE_CUDA_ARCH"):
+    if older := forced():
         return _native.load_kernel(nvrtc.compiled(op, f"compute_{older}"), name, index, shared)
     path = cubin_path(op, capability(index))
     image = path.read_bytes() if path else nvrtc.compiled(op, nvrtc.target(capability(index)))
