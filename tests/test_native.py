@@ -136,6 +136,27 @@ def test_cubin_of_the_same_major_and_no_higher_minor(tmp_path, monkeypatch):
                       (7, 5): None, (10, 0): None}
 
 
+def test_cubin_of_cards_that_are_not_built_for(tmp_path, monkeypatch):
+    """The list of wheels: same major and an older minor, but for Jetsons; what is left is compiled for the card itself, or as PTX."""
+    for arch in (61, 70, 75, 80, 86, 89, 90, 100, 120):
+        (tmp_path / f"op.sm{arch}.cubin").touch()
+    monkeypatch.setattr(native, "_native", object())
+    monkeypatch.setattr(native, "_cubin_folder", lambda: tmp_path)
+    cards = [(6, 2), (7, 2), (8, 7), (8, 8), (8, 9), (10, 1), (10, 3), (11, 0), (12, 1)]
+    assert {c: path.name for c in cards if (path := native.cubin_path("op", c))} == {
+        (8, 9): "op.sm89.cubin", (10, 3): "op.sm100.cubin", (12, 1): "op.sm120.cubin"}
+    monkeypatch.setattr(nvrtc, "architectures", lambda: [75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121])
+    assert [nvrtc.target(c) for c in ((8, 7), (8, 8), (11, 0))] == ["sm_87", "sm_88", "sm_110"]
+    monkeypatch.setattr(nvrtc, "architectures", lambda: [61, 70, 75, 80, 86, 89, 90])
+    assert [nvrtc.target(c) for c in ((8, 7), (8, 8), (11, 0))] == ["compute_86", "compute_86", "compute_90"]
+    for own in (87, 110):
+        (tmp_path / f"op.sm{own}.cubin").touch()
+    assert native.cubin_path("op", (8, 7)).name == "op.sm87.cubin" and native.cubin_path("op", (11, 0)).name == "op.sm110.cubin"
+    assert native.cubin_path("op", (8, 9)).name == "op.sm89.cubin"
+    (tmp_path / "op.sm89.cubin").unlink()
+    assert native.cubin_path("op", (8, 9)).name == "op.sm86.cubin"  # never 87's
+
+
 def test_reasons(monkeypatch):
     assert native.reason_cpp(CUDA) == "runs on the CPU, not on cuda"
     monkeypatch.setattr(native, "_missing", "no compiler")

@@ -18,6 +18,9 @@ TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3
 
 KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}  # in the names of CUDA kernels
 
+# Cards that share a chip with their CPU: only since CUDA 13.2 do they run the machine code of others, and no other card runs theirs.
+JETSONS = {(5, 3), (6, 2), (7, 2), (8, 7), (8, 8), (10, 1), (11, 0)}
+
 
 def reason_cpp(device: torch.device) -> str | None:
     """Why the C++ backends cannot serve that device, or None."""
@@ -76,9 +79,10 @@ def cubins() -> dict[str, list[str]]:
 
 
 def cubin_path(op: str, capability: tuple[int, int]) -> Path | None:
-    """The shipped cubin that a card of that compute capability runs: same major, the highest minor up to its own."""
+    """The shipped cubin that a card of that compute capability runs: same major, the highest minor up to its own; a Jetson only its own."""
     major, minor = capability
-    candidates = (_cubin_folder() / f"{op}.sm{major}{m}.cubin" for m in range(minor, -1, -1)) if _native else ()
+    minors = [minor] if capability in JETSONS else [m for m in range(minor, -1, -1) if (major, m) not in JETSONS]
+    candidates = (_cubin_folder() / f"{op}.sm{major}{m}.cubin" for m in minors) if _native else ()
     return next((path for path in candidates if path.is_file()), None)
 
 
