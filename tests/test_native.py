@@ -206,6 +206,25 @@ def test_float8_rows_and_unknown_scores():
         "no kernel for scores of torch.float8_e4m3fn"
 
 
+def includes(path: Path) -> set[str]:
+    return set(re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE))
+
+
+def test_sources_include_no_torch():
+    """Nothing of it in csrc, Python in one file, and in device code nothing but its own headers and what NVRTC brings."""
+    csrc = Path(__file__).parents[1] / "csrc"
+    sources = [path for path in csrc.rglob("*") if path.suffix in (".h", ".cpp", ".cu")]
+    own = {path.name for path in sources}
+    assert {"bind.cpp", "device.h", "simd.h", "select_tokens.cu"} <= own
+    for path in sources:
+        foreign = {name for name in includes(path) if Path(name).name not in own}
+        if path.parent.name == "cuda":
+            assert foreign <= {"cuda_fp16.h", "cuda_bf16.h"}, path
+        library = {name.partition("/")[0].lower() for name in foreign}
+        assert not library & {"torch", "aten", "c10", "caffe2"}, path
+        assert path.name == "bind.cpp" or not library & {"pybind11", "python.h"}, path
+
+
 WIDTHS = {"base": []}
 if platform.machine() == "x86_64":
     WIDTHS |= {"avx2": ["-mavx2", "-mfma"], "avx512": ["-mavx512f", "-mavx512dq", "-mavx512vl", "-mfma"]}
