@@ -117,11 +117,16 @@ def test_compile_error_shows_the_log():
 
 
 @needs_nvrtc
+def test_compiler_that_warns_is_heard():
+    assert "never referenced" in nvrtc.build("careless", "__global__ void f() { int unused; }", {}, "sm_80")[1]
+
+
+@needs_nvrtc
 def test_target():
     assert nvrtc.target((9, 0)) == "sm_90"
     newest = nvrtc.architectures()[-1]
     assert nvrtc.target((99, 0)) == f"compute_{newest}"
-    assert b".target sm_" in nvrtc.build("select_tokens", *nvrtc.sources("select_tokens"), nvrtc.target((99, 0)))
+    assert b".target sm_" in nvrtc.build("select_tokens", *nvrtc.sources("select_tokens"), nvrtc.target((99, 0)))[0]
     with pytest.raises(RuntimeError, match=r"no target for compute capability 3\.5; the oldest it knows is"):
         nvrtc.target((3, 5))
 

@@ -80,7 +80,7 @@ def compiled(op: str, arch: str) -> bytes:
         image, seal = (content := path.read_bytes())[:-SEAL], content[-SEAL:]
         if image and seal == hashlib.sha256(image).digest():  # else a disk or a crash damaged it: compile anew
             return image
-    image = build(op, source, headers, arch)
+    image, _ = build(op, source, headers, arch)
     with contextlib.suppress(OSError):  # a folder that cannot be written costs a compilation per process
         write(path, image + hashlib.sha256(image).digest())
     return image
@@ -117,8 +117,8 @@ def sources(op: str) -> tuple[str, dict[str, str]]:
     return (SOURCES / "cuda" / f"{op}.cu").read_text(), {path.name: path.read_text() for path in headers}
 
 
-def build(op: str, source: str, headers: dict[str, str], arch: str) -> bytes:
-    """Compile for `arch`: a cubin for sm_XX, PTX for compute_XX. Raises RuntimeError with the compiler's log."""
+def build(op: str, source: str, headers: dict[str, str], arch: str) -> tuple[bytes, str]:
+    """Compile for `arch`: a cubin for sm_XX, PTX for compute_XX; and the compiler's log. Raises RuntimeError with the log."""
     lib, program = library(), ctypes.c_void_p()
     if lib is None:
         raise RuntimeError(f"{op}: {MISSING}")
@@ -129,12 +129,12 @@ def build(op: str, source: str, headers: dict[str, str], arch: str) -> bytes:
     try:
         options = [b"--gpu-architecture=" + arch.encode(), b"--std=c++17"]
         result = lib.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        log = _get(lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog, program, op).rstrip(b"\0\n").decode()
         if result != 0:
-            log = _get(lib.nvrtcGetProgramLogSize, lib.nvrtcGetProgramLog, program, op).rstrip(b"\0\n").decode()
             raise RuntimeError(f"{op}: NVRTC failed for {arch}: {_text(result)}\n{log}")
         if arch.startswith("sm_"):
-            return _get(lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN, program, op)
-        return _get(lib.nvrtcGetPTXSize, lib.nvrtcGetPTX, program, op)
+            return _get(lib.nvrtcGetCUBINSize, lib.nvrtcGetCUBIN, program, op), log
+        return _get(lib.nvrtcGetPTXSize, lib.nvrtcGetPTX, program, op), log
     finally:
         lib.nvrtcDestroyProgram(ctypes.byref(program))
 
