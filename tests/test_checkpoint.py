@@ -180,7 +180,8 @@ def test_a_crash_leaves_one_whole_model(tmp_path, name):
     model = prune(VisionTransformer(**SMALL), TOKENS[0])
     nn.init.constant_(model.head.bias, 1.0)
     save(model, tmp_path)
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(CRASH).format(fault=fault), str(tmp_path)], capture_output=True, text=True)
+    code = textwrap.dedent(CRASH).format(fault=fault)
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == status, run.stderr
     assert load(tmp_path).head.bias.tolist() == [bias] * 5
     if name == "disk_full":

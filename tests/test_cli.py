@@ -137,14 +137,15 @@ def test_doctor(capsys):
     run(capsys, "doctor", "--json")
 
 
-def test_a_reader_that_leaves_is_no_error():
+def test_a_reader_that_leaves_is_no_error(tmp_path):
     done = subprocess.run(f"{sys.executable} -m vitprune flops test_vit | true; echo ${{PIPESTATUS[0]}}", shell=True,
-                          executable="/bin/bash", capture_output=True, text=True)
+                          executable="/bin/bash", capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "141\n"
     assert "pipe" not in done.stderr
 
 
-def test_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "vitprune", "flops", "nosuch"], capture_output=True, text=True)
-    assert done.returncode == 2
+def test_as_a_module(tmp_path):
+    """Away from the checkout, which would be imported in place of what is installed."""
+    done = subprocess.run([sys.executable, "-m", "vitprune", "flops", "nosuch"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

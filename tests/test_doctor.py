@@ -85,7 +85,7 @@ def test_package_under_another_name(tmp_path, monkeypatch):
     assert [doctor._version(name) for name in ("openvino", "onnxruntime", "timm")] == ["1.2", None, None]
 
 
-def test_json_is_one_document():
+def test_json_is_one_document(tmp_path):
     code = "from vitprune import doctor; doctor.main(json=True)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout)["machine"]["torch_version"] == torch.__version__

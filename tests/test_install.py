@@ -140,6 +140,8 @@ def test_versions(tmp_path, version, packages):
     done = run(python, "-c", EXERCISE, cwd=tmp_path, PATH="/usr/bin:/bin", VITPRUNE_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     print(done.stdout)
+    done = run(python, "-m", "vitprune", "flops", "nosuch", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("vitprune: error: model must be"), done.stderr
     shutil.rmtree(tmp_path / "env")  # gigabytes
 
 

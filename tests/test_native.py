@@ -273,10 +273,11 @@ def test_cpu_kernels_on_arm(tmp_path):
 
 @CPP
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="not Linux")
-def test_threads_are_those_of_torch():
+def test_threads_are_those_of_torch(tmp_path):
     """One OpenMP library in a process of torch and this package: two would each keep threads of their own."""
     code = "import vitprune.native; print(*{line.split()[-1] for line in open('/proc/self/maps') if 'libgomp' in line})"
-    libraries = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    libraries = done.stdout.split()
     assert len(libraries) == 1, libraries
 
 

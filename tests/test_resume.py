@@ -341,7 +341,7 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path):
     command = [sys.executable, "-m", "vitprune", "train", "--model", "vit_tiny_patch16_224", "--output", str(output), "--device", "cpu",
                "--model_args", json.dumps(dict(img_size=8, patch_size=2, in_chans=1, embed_dim=16, depth=2, num_heads=2)),
                "--tokens", json.dumps(dict(keep=0.7, at=[1])), "--train.epochs", "40", "--train.batch_size", "64"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     for _ in range(600):
         if list((output / "checkpoints").glob("step-*")) or process.poll() is not None:
             break
@@ -351,10 +351,10 @@ def test_sigterm_saves_and_the_same_command_continues(tmp_path):
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM after step" in errors and "the same command continues" in errors
     before = len((output / "metrics.jsonl").read_text().splitlines())
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     epochs = [json.loads(line)["epoch"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert 0 < before < 40 and epochs == list(range(40))
     assert f"epoch {before}/40" not in done.stderr and f"epoch {before + 1}/40" in done.stderr
-    other = subprocess.run([*command, "--train.lr", "0.5"], capture_output=True, text=True, timeout=60)
+    other = subprocess.run([*command, "--train.lr", "0.5"], capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert other.returncode == 2 and "train.lr must be 0.001, as when the run in" in other.stderr
