@@ -190,10 +190,10 @@ def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int =
     if small := without_matrices(dtype, arch, D):
         return {"queries": small[0], "spans": 1, "keys": small[0], "num_warps": small[1], "num_stages": 1}
     one = fits_on_chip(N, D)
-    many = one and B * H >= 512  # enough heads to fill a card: read the keys of each once
+    many = one and B * H >= 512 and D > 32  # enough heads to fill a card: read the keys of each once; narrow ones are read fast
     rows = 32 if many and arch not in (90, 100) else 64  # what is kept over the queries leaves fewer registers for their scores
     return {"queries": rows, "spans": triton.cdiv(N, rows) if many else 1, "keys": 0 if one else 64 if D <= 64 else 32,
-            "num_warps": 4, "num_stages": 2}
+            "num_warps": 4 if one or D <= 64 else 8, "num_stages": 1 if one and not many else 2}  # one tile: nothing to load ahead
 
 
 def candidates(dtype: torch.dtype, arch: int, **shape) -> list[dict]:

@@ -133,13 +133,15 @@ def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int =
     """queries, keys, num_warps, num_stages: as in the forward, for dq; with k_ before: tiles and pipeline for dk and dv."""
     if small := without_matrices(dtype, arch, D):
         rows, warps = small
-        return {"queries": rows, "keys": rows, "num_warps": 4 if arch == 90 and D <= 64 else 8, "num_stages": 1,  # 8 spill on 9.0
-                "k_queries": rows, "k_keys": rows, "k_warps": warps, "k_stages": 1}
+        return {"queries": 16, "keys": rows, "num_warps": warps, "num_stages": 1,  # 32 queries beside 32 keys spill
+                "k_queries": 16, "k_keys": rows, "k_warps": warps, "k_stages": 1}
     one = fits_on_chip(N, D)
-    tall = one and arch in (90, 100) and N <= 208 and D <= 64  # their matrix instructions take 64 rows and spare registers
-    return {"queries": 64 if tall else 32, "keys": 0 if one else 64 if D <= 64 else 32,
-            "num_warps": 4 if tall or (D > 64 and not one) else 8, "num_stages": 2,
-            "k_queries": 64 if D <= 64 else 32, "k_keys": 64, "k_warps": 4 if D <= 64 else 8, "k_stages": 2}
+    large, narrow = arch in (90, 100), D <= 32  # the matrix instructions of those take 64 rows and spare registers
+    tall = one and large and N <= 208 and D <= 64
+    one &= tall or not narrow  # elsewhere every warp would hold all keys of narrow heads
+    return {"queries": 32 if one and not tall else 64, "keys": 0 if one else 32,
+            "num_warps": 4 if tall or (D <= 64 and not one) else 8, "num_stages": 2,
+            "k_queries": 64 if narrow or (large and D <= 64) else 32, "k_keys": 64, "k_warps": 4 if D <= 64 else 8, "k_stages": 2}
 
 
 def candidates(dtype: torch.dtype, arch: int, **shape) -> list[dict]:
