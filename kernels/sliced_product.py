@@ -120,7 +120,7 @@ def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
     else:
         M = shape.get("M", 0)
         rows = 128 if M >= 4096 else 64 if M > 512 or arch in (90, 100) else 32  # Hopper's instructions take 64 rows
-        tile, weight = (rows, 64, 64, 4, 3), (64, 64, 64, 4, 3)
+        tile, weight = (rows, 64, 64, 4, 3), (64, 64, 64, 4 if arch in (90, 100) else 8, 3)  # the others spill with 4
     return dict(zip(names, tile)) | {f"weight_{name}": value for name, value in zip(names, weight)} | {"programs": 256}
 
 
@@ -130,7 +130,7 @@ def candidates(dtype: torch.dtype, arch: int, **shape: int) -> list[dict]:
     tiles = ((32, 64, 32, 4, 2), (64, 32, 32, 4, 2), (64, 64, 16, 8, 2)) if dtype == torch.float32 or arch < 80 else \
         ((32, 64, 64, 4, 4), (64, 64, 64, 4, 3), (128, 64, 32, 4, 4), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (256, 64, 64, 8, 3))
     found = [first | dict(zip(keys, tile)) for tile in tiles]
-    found += [first | {"programs": 128}, first | {"programs": 512}, first | {"weight_num_warps": 8}]
+    found += [first | {"programs": 128}, first | {"programs": 512}, *(first | {"weight_num_warps": warps} for warps in (4, 8))]
     return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
 
 
