@@ -1,6 +1,7 @@
 """What holds for every test: nothing that was tuned on this machine; and for kernels under Triton's interpreter."""
 import ctypes
 import functools
+import inspect
 import os
 import re
 import shutil
@@ -48,6 +49,25 @@ def _round(monkeypatch):
             return interpreter.TensorHandle(bits, kind.scalar)
         return cast(self, src, kind)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
+
+
+@pytest.fixture(autouse=INTERPRETED, scope="session")
+def _swift():
+    """The interpreter searches the whole language for what to replace in every call of a function: a third of its time."""
+    from triton.runtime import interpreter
+    builtin = interpreter.tl.core.is_builtin
+
+    @functools.cache
+    def names(package) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if builtin(member)]
+
+    def patch(package, *rest):
+        for name in names(package):
+            if builtin(member := getattr(package, name)):
+                interpreter._patch_attr(package, name, member, *rest)
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_builtin", patch)
+        yield
 
 
 @pytest.fixture
