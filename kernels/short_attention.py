@@ -179,7 +179,7 @@ def fits_on_chip(N: int, D: int) -> bool:
 
 
 def without_matrices(dtype: torch.dtype, arch: int, D: int) -> tuple[int, int] | None:
-    """Rows of a tile and warps that leave registers free where Triton multiplies without matrix instructions; None elsewhere."""
+    """Keys and warps that leave registers free beside 16 queries where Triton multiplies without matrix instructions; None elsewhere."""
     if dtype != torch.float32 and arch >= 80:
         return None
     return (32, 4) if D <= 64 and arch >= 80 else (16, 8)
@@ -188,7 +188,7 @@ def without_matrices(dtype: torch.dtype, arch: int, D: int) -> tuple[int, int] |
 def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int = 197, D: int = 64) -> dict:
     """queries: rows of a tile; spans: tiles a program does one after the other; keys: 0 for one pass, or those of a step."""
     if small := without_matrices(dtype, arch, D):
-        return {"queries": small[0], "spans": 1, "keys": small[0], "num_warps": small[1], "num_stages": 1}
+        return {"queries": 16, "spans": 1, "keys": small[0], "num_warps": small[1], "num_stages": 2}
     one = fits_on_chip(N, D)
     many = one and B * H >= 512 and D > 32  # enough heads to fill a card: read the keys of each once; narrow ones are read fast
     rows = 32 if many and arch not in (90, 100) else 64  # what is kept over the queries leaves fewer registers for their scores
@@ -200,7 +200,8 @@ def candidates(dtype: torch.dtype, arch: int, **shape) -> list[dict]:
     """What is worth timing, the default first."""
     first = default(dtype, arch, **shape)
     if without_matrices(dtype, arch, shape.get("D", 64)):
-        found = [first | {"queries": q, "keys": k, "num_warps": w} for q, k, w in ((16, 16, 4), (32, 16, 4), (32, 32, 8), (64, 32, 8))]
+        found = [first | {"queries": q, "keys": k, "num_warps": w}
+                 for q, k, w in ((16, 16, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 8))]
     else:
         every = triton.cdiv(shape.get("N", 197), 32)
         found = [first | {"spans": s} for s in {1, 2, triton.cdiv(every, 2)}]

@@ -132,9 +132,9 @@ def key_gradient_kernel(
 def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int = 197, D: int = 64) -> dict:
     """queries, keys, num_warps, num_stages: as in the forward, for dq; with k_ before: tiles and pipeline for dk and dv."""
     if small := without_matrices(dtype, arch, D):
-        rows, warps = small
-        return {"queries": 16, "keys": rows, "num_warps": warps, "num_stages": 1,  # 32 queries beside 32 keys spill
-                "k_queries": 16, "k_keys": rows, "k_warps": warps, "k_stages": 1}
+        keys, warps = small
+        return {"queries": 16, "keys": keys, "num_warps": warps, "num_stages": 1,
+                "k_queries": 16, "k_keys": keys, "k_warps": warps, "k_stages": 1}
     one = fits_on_chip(N, D)
     large, narrow = arch in (90, 100), D <= 32  # the matrix instructions of those take 64 rows and spare registers
     tall = one and large and N <= 208 and D <= 64
@@ -149,7 +149,7 @@ def candidates(dtype: torch.dtype, arch: int, **shape) -> list[dict]:
     first = default(dtype, arch, **shape)
     if without_matrices(dtype, arch, shape.get("D", 64)):
         found = [first | {"queries": q, "k_keys": q, "keys": k, "k_queries": k, "num_warps": w, "k_warps": w}
-                 for q, k, w in ((16, 16, 4), (32, 16, 4), (32, 32, 8), (64, 32, 8))]
+                 for q, k, w in ((16, 16, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 8))]
     else:
         found = [first | {"keys": k, "num_warps": w} for k, w in ((64, 4), (32, 4))]
         found += [first | {"queries": 32, "num_warps": 4}]
