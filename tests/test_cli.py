@@ -12,7 +12,7 @@ from vitprune.cli import COMMANDS, main
 from vitprune.run import RunConfig
 
 SMALL = ["test_vit", "--at", "2", "3", "4", "--tokens", "0.7", "--score", "cls_attention"]
-TRAIN = ["train", "--model", "test_vit", "--output", "/tmp/nothing-is-written"]
+TRAIN = ["train", "--model", "test_vit", "--output", "run"]
 
 
 def run(capsys, *argv) -> dict:
@@ -107,7 +107,8 @@ def test_prune_a_checkpoint(tmp_path):
     (["nothing"], "invalid choice: 'nothing'"),
     ([], 'to be one of {train,'),
 ])
-def test_user_errors(capsys, argv, message):
+def test_user_errors(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)  # a run may have made its folder before it is refused
     assert main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
