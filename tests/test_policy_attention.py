@@ -240,7 +240,7 @@ def test_long_sequences_and_large_scores(name, device):
         tensors = [*(3 * torch.randn(1, 1, N, 32, device=device) for _ in range(3)), torch.randint(2, (1, N), device=device).float()]
         up = torch.randn(1, 1, N, 32, device=device)
         for a, b in zip(run(name, tensors, up, eps), run("truth", tensors, up, eps, torch.Tensor.double)):
-            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4)
+            assert (a.double() - b).abs().max() <= 1e-4 * (1 + b.abs().max())
 
 
 @pytest.mark.parametrize("name, device", KERNELS + EMULATED)

@@ -4,6 +4,7 @@
 #include "params.h"
 
 constexpr int GROUP = 8;
+constexpr int PART = 4;  // steps whose sum is one term of the whole, in float32
 
 template <typename T, int SIZE, bool DEPTH_ROWS>  // SIZE x SIZE of c for a thread block; DEPTH_ROWS: as in warp_product
 __device__ void product(const SlicedProductParams &p) {
@@ -46,14 +47,23 @@ __device__ void product(const SlicedProductParams &p) {
     copies_commit();
   };
 
-  float total[HIGH][4][4] = {};
+  float total[HIGH][4][4] = {}, part[HIGH][4][4];
   for (int stage = 0; stage < STAGES - 1; stage++) fetch(stage * DEPTH, stage);
   for (int k = 0, stage = 0; k < p.K; k += DEPTH) {
     fetch(k + (STAGES - 1) * DEPTH, (stage + STAGES - 1) % STAGES);
     copies_wait<STAGES - 1>();
     __syncthreads();
     const T *left = a_tiles[stage] + down * 16 * HIGH * A_ROW, *right = b_tiles[stage] + across * 32 * (DEPTH_ROWS ? 1 : B_ROW);
-    warp_product<DEPTH_ROWS>(total, left, A_ROW, right, B_ROW, DEPTH);
+    if constexpr (sizeof(T) == 4) {  // sums of sums: as exact as a library that splits the depth
+      if (k % (PART * DEPTH) == 0) UNROLL for (int h = 0; h < HIGH; h++) UNROLL for (int i = 0; i < 4; i++) UNROLL for (int e = 0; e < 4; e++)
+        part[h][i][e] = 0;
+      warp_product<DEPTH_ROWS>(part, left, A_ROW, right, B_ROW, DEPTH);
+      if (k % (PART * DEPTH) == (PART - 1) * DEPTH || k + DEPTH >= p.K)
+        UNROLL for (int h = 0; h < HIGH; h++) UNROLL for (int i = 0; i < 4; i++) UNROLL for (int e = 0; e < 4; e++)
+          total[h][i][e] += part[h][i][e];
+    } else {
+      warp_product<DEPTH_ROWS>(total, left, A_ROW, right, B_ROW, DEPTH);
+    }
     __syncthreads();
     stage = (stage + 1) % STAGES;
   }
