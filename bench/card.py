@@ -39,13 +39,13 @@ def work(job: str, device: str):
     """The rows of one job."""
     if job in MODELS:
         gpu = torch.device(device).type == "cuda"
-        options = {"dtypes": ["float16"], "batches": (1, 32, 128)} if gpu else {"dtypes": ["float32"], "batches": (1,)}
+        options = {"dtypes": ["float16"], "batches": (1, 32, 128), "min_time": 0.05} if gpu else {"dtypes": ["float32"], "batches": (1,)}
         for pruning in PRUNING:
             yield bench.bench(job, **pruning, device=device, baselines=["eager", "modules"], **options)
         if gpu:  # compiling takes longer than the rest: where there is time
             for pruning in reversed(PRUNING):
-                yield bench.bench(job, **pruning, device=device, baselines=["eager", "compiled:reduce-overhead"], dtypes=["float16"],
-                                  batches=(1, 128))
+                yield bench.bench(job, **pruning, device=device, baselines=["eager", "compiled:reduce-overhead"],
+                                  **options | {"batches": (1, 128)})
         return
     rows = importlib.import_module(f"bench.{job}").rows
     options = {"min_time": 0.02, "brief": True}

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import add_norm as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve
 
 OP = "add_norm"
 
@@ -63,8 +63,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, ds, dy):
-    dx, dresidual, dweight, dbias, dgamma = torch.ops.vitprune.add_norm_backward(
-        ds, dy, *ctx.saved_tensors, ctx.eps, ctx.backend)
+    dx, dresidual, dweight, dbias, dgamma = run(OP + "_backward", ds, dy, *ctx.saved_tensors, ctx.eps, ctx.backend)
     gamma = ctx.saved_tensors[-1]
     return dx.to(ctx.dtype), dresidual, dweight, dbias if ctx.bias else None, None if gamma is None else dgamma, None, None
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from ..native import compact_tokens as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve, values
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve, values
 
 OP, INVERSE = "compact_tokens", "expand_rows"
 
@@ -81,7 +81,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _gradient(ctx, drows, _):
     keep, cu_seqlens = ctx.saved_tensors
-    return torch.ops.vitprune.expand_rows(drows, cu_seqlens, keep, 0.0, ctx.backend), None, None, None
+    return run("expand_rows", drows, cu_seqlens, keep, 0.0, ctx.backend), None, None, None
 
 
 def _expand_setup(ctx, inputs, output) -> None:
@@ -92,7 +92,7 @@ def _expand_setup(ctx, inputs, output) -> None:
 
 def _expand_gradient(ctx, dout):
     keep, = ctx.saved_tensors
-    return torch.ops.vitprune.compact_tokens(dout, keep, ctx.capacity, ctx.backend)[0], None, None, None, None
+    return run("compact_tokens", dout, keep, ctx.capacity, ctx.backend)[0], None, None, None, None
 
 
 define(OP, "(Tensor x, Tensor keep, SymInt capacity, str backend) -> (Tensor, Tensor)",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native import policy_attention as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve
 
 OP = "policy_attention"
 
@@ -142,8 +142,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, dout, dm, dz):
-    grads = torch.ops.vitprune.policy_attention_backward(
-        dout, *ctx.saved_tensors, ctx.scale, ctx.eps, ctx.backend)
+    grads = run(OP + "_backward", dout, *ctx.saved_tensors, ctx.scale, ctx.eps, ctx.backend)
     return *grads, None, None, None
 
 

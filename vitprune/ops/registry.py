@@ -17,6 +17,10 @@ LARGE = 4096  # rows of tokens, twenty images of DeiT: where the card's speed co
 LIBRARY = torch.library.Library("vitprune", "DEF")
 TABLES: dict[str, dict[str, "Backend"]] = {}   # operator -> backends by name, in the order for cards that nobody measured
 MACS: dict[str, Callable[..., int]] = {}       # operator -> multiply-accumulates from the shapes of its arguments
+RUN: dict[str, Callable] = {}                  # registered operator -> what computes it
+CAST: dict[str, list[bool]] = {}               # registered operator -> which arguments autocast takes to its dtype
+GRADIENTS: dict[str, type[torch.autograd.Function]] = {}
+KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
 _local = threading.local()
 
 
@@ -127,9 +131,30 @@ def find(op: str, name: str) -> Backend:
 
 
 def call(op: str, name: str, *args):
-    """Run a backend chosen before: composite ones directly, kernels through the dispatcher (gradient, fake, autocast)."""
+    """Run a backend chosen before: composite ones directly, kernels as registered (gradient, fake, autocast)."""
     entry = TABLES[op][name]
-    return entry.run(*args) if entry.composite else getattr(torch.ops.vitprune, op)(*args, name)
+    return entry.run(*args) if entry.composite else run(op, *args, name)
+
+
+def run(op: str, *args):
+    """torch.ops.vitprune.op(*args); in eager mode without PyTorch's dispatcher, whose detours through Python take longer than a kernel."""
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if _watched(tensors):
+        return getattr(torch.ops.vitprune, op)(*args)
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if recorded and op not in GRADIENTS:  # PyTorch says so if it is differentiated
+        return getattr(torch.ops.vitprune, op)(*args)
+    target, device = GRADIENTS[op].apply if recorded else RUN[op], tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        return _autocast(target, KEYS[device], device, CAST[op], *args)
+    return target(*args)
+
+
+def _watched(tensors: Sequence[Tensor]) -> bool:
+    """Whether anyone needs to see the operator: a compiler, a tracer, a mode, a transform, a profiler, a kind of tensor of their own."""
+    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled()
+            or any(type(t) is not Tensor and type(t) is not torch.nn.Parameter or t.device.type not in KEYS for t in tensors))
 
 
 def define(op: str, schema: str, run: Callable, fake: Callable, *, cast: Sequence[str] = (), macs: Callable | None = None):
@@ -139,13 +164,13 @@ def define(op: str, schema: str, run: Callable, fake: Callable, *, cast: Sequenc
     macs: multiply-accumulates from the shapes of the arguments; registered with torch's counter as 2 FLOPs each.
     """
     LIBRARY.define(op + schema)
-    LIBRARY.impl(op, _describes(op, run), "CompositeExplicitAutograd")
+    RUN[op] = _describes(op, run)
+    LIBRARY.impl(op, RUN[op], "CompositeExplicitAutograd")
     torch.library.register_fake(f"vitprune::{op}", fake, lib=LIBRARY)
     overload = getattr(torch.ops.vitprune, op).default
-    for device in ("cpu", "cuda"):
-        key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-        which = [argument.name in cast for argument in overload._schema.arguments]
-        LIBRARY.impl(op, functools.partial(_autocast, overload, key, device, which), key.name)
+    CAST[op] = [argument.name in cast for argument in overload._schema.arguments]
+    for device, key in KEYS.items():
+        LIBRARY.impl(op, functools.partial(_autocast, overload, key, device, CAST[op]), key.name)
     if macs is not None:
         MACS[op] = macs
         register_flop_formula(getattr(torch.ops.vitprune, op))(lambda *shapes, out_shape=None, **_: 2 * macs(*shapes))
@@ -165,7 +190,7 @@ def _describes(op: str, run: Callable) -> Callable:
     return described
 
 
-def _autocast(overload, key, device: str, cast: Sequence[bool], *args):
+def _autocast(target: Callable, key, device: str, cast: Sequence[bool], *args):
     dtype = torch.get_autocast_dtype(device)
 
     def convert(a):
@@ -173,12 +198,18 @@ def _autocast(overload, key, device: str, cast: Sequence[bool], *args):
         return a.to(dtype) if floating else a
 
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-        return overload(*(convert(a) if wanted else a for a, wanted in zip(args, cast)))
+        return target(*(convert(a) if wanted else a for a, wanted in zip(args, cast)))
 
 
 def gradient(op: str, backward: Callable, setup: Callable) -> None:
     """Attach the gradient of `vitprune::op`."""
     torch.library.register_autograd(f"vitprune::{op}", backward, setup_context=setup, lib=LIBRARY)
+
+    def forward(ctx, *args):  # a Function with setup_context reads the signature of its forward in every call
+        output = RUN[op](*args)
+        setup(ctx, args, output)
+        return output
+    GRADIENTS[op] = type(op, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
 
 def on_device(op: str, of: str, device: torch.device, **tensors: Tensor | None) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..native import select_tokens as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve
 
 OP = "select_tokens"
 
@@ -59,7 +59,7 @@ def _setup(ctx, inputs, output) -> None:
 def _gradient(ctx, dtokens, _):
     ids, = ctx.saved_tensors
     if ctx.backend == "triton":
-        return torch.ops.vitprune.select_tokens_backward(dtokens, ids, ctx.prefix, ctx.shape[1]), None, None, None, None
+        return run(OP + "_backward", dtokens, ids, ctx.prefix, ctx.shape[1]), None, None, None, None
     B, _, C = ctx.shape
     index = torch.cat([torch.arange(ctx.prefix, device=ids.device).expand(B, -1), ids + ctx.prefix], dim=1)
     dx = dtokens.new_zeros(ctx.shape).scatter(1, index[:, :, None].expand(-1, -1, C), dtokens)

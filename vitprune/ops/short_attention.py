@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import short_attention as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve, values
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve, values
 
 OP = "short_attention"
 SMALL = 120_000  # scores: measured on a CPU
@@ -155,8 +155,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _gradient(ctx, dout):
     qkv, cu_seqlens = ctx.saved_tensors
-    dqkv = torch.ops.vitprune.short_attention_backward(
-        dout, qkv, ctx.num_heads, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.backend)
+    dqkv = run(OP + "_backward", dout, qkv, ctx.num_heads, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.backend)
     return dqkv, None, None, None, None, None
 
 

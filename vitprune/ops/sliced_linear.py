@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import sliced_product as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve
 
 OP = "sliced_linear"
 
@@ -111,7 +111,7 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, dy):
-    dx, dw, db = torch.ops.vitprune.sliced_linear_backward(dy, *ctx.saved_tensors, ctx.side, ctx.width, ctx.backend)
+    dx, dw, db = run(OP + "_backward", dy, *ctx.saved_tensors, ctx.side, ctx.width, ctx.backend)
     return dx, dw, db if ctx.bias else None, None, None, None, None
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import sliced_product as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve
 from .sliced_linear import as_rows, block_index, check_live, one_dtype, spread
 
 OP = "sliced_mlp"
@@ -103,7 +103,7 @@ def _setup(ctx, inputs, output) -> None:
 
 def _gradient(ctx, dy):
     x, w1, b1, w2, live = ctx.saved_tensors
-    dx, dw1, db1, dw2, db2 = torch.ops.vitprune.sliced_mlp_backward(dy, x, w1, b1, w2, live, ctx.width, ctx.backend)
+    dx, dw1, db1, dw2, db2 = run(OP + "_backward", dy, x, w1, b1, w2, live, ctx.width, ctx.backend)
     return (dx, dw1, None if b1 is None else db1, dw2, db2 if ctx.b2 else None, None,
             dy if ctx.residual else None, None, None)
 
