@@ -65,7 +65,8 @@ def chosen(**facts):
 def test_the_fastest_is_written_and_chosen(machine, tmp_path):
     assert chosen(large=True) == "reference"
     result = quickly()
-    assert result["file"] == str(tmp_path / "dispatch" / dispatch.versions()["vitprune"] / dispatch._file("Card A"))
+    assert result["file"] == str(dispatch.path_of("Card A"))
+    assert dispatch.path_of("Card A").parent == tmp_path / "dispatch" / dispatch.versions()["vitprune"]
     assert json.loads(open(result["file"]).read())["versions"] == dispatch.versions()
     assert not list(tmp_path.rglob("tmp*"))
     assert {(c["dtype"], c["facts"]["large"], c["facts"]["grad"]) for c in result["choices"]} == {
@@ -154,14 +155,31 @@ def test_a_shipped_file_serves_until_the_user_tunes(machine, monkeypatch, tmp_pa
     quickly()
     monkeypatch.setattr(configs, "FOLDER", tmp_path / "shipped")
     configs.FOLDER.mkdir()
-    shutil.move(path, configs.FOLDER / path.name)
+    shipped = configs.FOLDER / "card-a.json"
+    shutil.move(path, shipped)
     registry.reload()
     assert chosen(large=True) == "fast"
-    assert doctor.measured(CPU)["file"] == str(configs.FOLDER / path.name)
+    assert doctor.measured(CPU)["file"] == str(shipped)
     path.write_text("{")
     registry.reload()
     with pytest.warns(UserWarning, match="is ignored"):
         assert chosen(large=True) == "fast"
+
+
+def test_a_gpu_takes_what_is_shipped_for_its_compute_capability(machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(configs, "FOLDER", tmp_path / "shipped")
+    configs.FOLDER.mkdir()
+    monkeypatch.setattr(dispatch, "card", lambda device: "Card C")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    choice = {"op": OP, "dtype": "float32", "facts": {"large": True, "grad": True}, "backend": "fast"}
+    for name, capability in (("Card A", [8, 9]), ("Card B", [9, 0])):
+        data = {"card": name, "versions": {}, "choices": [choice], "disabled": [], "configs": {}, "machine": {"capability": capability}}
+        (configs.FOLDER / f"{dispatch.slug(name)}.json").write_text(json.dumps(data))
+    assert dispatch.of(torch.device("cuda", 0)).path == configs.FOLDER / "card-b.json"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    registry.reload()
+    assert dispatch.of(torch.device("cuda", 0)).path is None
 
 
 def test_the_budget_is_kept_and_what_is_left_is_named(machine):

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from ..native import compact_tokens as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve, values
+from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, large, on_device, run, serve, values
 
 OP, INVERSE = "compact_tokens", "expand_rows"
 
@@ -125,7 +125,7 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
 
 
 # On a GPU nothing has been measured, so PyTorch's own calls come first.
-serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses),
-      Backend("cuda", native.cuda, refuses=native.refuses))
-serve(INVERSE, Backend("reference", expand_reference, composite=True), Backend("triton", _triton_expand, refuses=_triton_refuses),
-      Backend("cuda", native.expand_cuda, refuses=native.refuses))
+serve(OP, Backend("cuda", native.cuda, refuses=native.refuses), Backend("triton", _triton, refuses=_triton_refuses, yields=interpreted),
+      Backend("reference", reference, composite=True))
+serve(INVERSE, Backend("cuda", native.expand_cuda, refuses=native.refuses),
+      Backend("triton", _triton_expand, refuses=_triton_refuses, yields=interpreted), Backend("reference", expand_reference, composite=True))

@@ -1,8 +1,9 @@
 """Which backend measured fastest on this card: a file per card, shipped in kernels/configs/ or written by `vitprune tune`.
 
-The name says the card and the versions of torch and Triton (the user's files: of vitprune too). Inside: "card", "versions",
-"choices" [{"op", "dtype", "facts", "backend"}], "disabled" [{"op", "dtype", "backend", "reason"}] and "configs", a table as in
-kernels/configs/. A card without a file keeps the order of the operators' own tables.
+The name says the card; that of a user's file the versions of torch, Triton and vitprune too, which it holds for alone. Inside: "card",
+"versions", "machine", "choices" [{"op", "dtype", "facts", "backend"}], "disabled" [{"op", "dtype", "backend", "reason"}] and "configs",
+a table as in kernels/configs/. A GPU without a file takes the choices shipped for one of its compute capability, else the order of
+the operators' own tables.
 """
 import functools
 import json
@@ -54,11 +55,12 @@ def describe(choice: dict) -> str:
 @functools.cache
 def of(device: torch.device) -> Dispatch:
     """What was measured on that device's card with these versions. A file that cannot be read is a warning, not an error."""
-    name = card(device)
-    for path in (path_of(name), configs.FOLDER / _file(name)) if name else ():
+    name, alike = card(device), _alike(device)
+    for path in (path_of(name), configs.FOLDER / f"{slug(name)}.json", *alike) if name else ():
         if path.is_file():
             try:
-                data = check(json.loads(path.read_text()), name)
+                data = json.loads(path.read_text())
+                check(data, data["card"] if path in alike else name)
             except (OSError, ValueError) as error:
                 warnings.warn(f"{path} is ignored: {error}; `vitprune tune` writes it anew", stacklevel=2)
                 continue
@@ -66,6 +68,15 @@ def of(device: torch.device) -> Dispatch:
                 configs.use(configs.capability(device), data["configs"])
             return Dispatch(path, data)
     return Dispatch()
+
+
+def _alike(device: torch.device) -> list[Path]:
+    """Files shipped for other cards of that one's compute capability."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return []
+    own = list(torch.cuda.get_device_capability(device))
+    return [path for path in sorted(configs.FOLDER.glob("*.json"))
+            if json.loads(path.read_text()).get("machine", {}).get("capability") == own]
 
 
 def check(data: object, name: str) -> dict:
@@ -117,13 +128,10 @@ def versions() -> dict[str, str]:
 
 def path_of(name: str) -> Path:
     """The user's file for that card."""
-    return nvrtc.cache_folder() / "dispatch" / versions()["vitprune"] / _file(name)
+    file = f"{slug(name)}.torch{versions()['torch']}.triton{versions()['triton']}.json"
+    return nvrtc.cache_folder() / "dispatch" / versions()["vitprune"] / file
 
 
 def slug(name: str) -> str:
     """A card's name as part of a file's."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _file(name: str) -> str:
-    return f"{slug(name)}.torch{versions()['torch']}.triton{versions()['triton']}.json"

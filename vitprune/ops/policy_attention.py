@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native import policy_attention as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, large, on_device, run, serve
 
 OP = "policy_attention"
 
@@ -179,5 +179,5 @@ define(OP + "_backward", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor pol
 gradient(OP, _gradient, _setup)
 # Nothing has been measured on a GPU yet: PyTorch's own calls come first there.
 serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
-      Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses),
-      Backend("cuda", native.cuda, refuses=native.refuses_cuda))
+      Backend("cuda", native.cuda, refuses=native.refuses_cuda),
+      Backend("triton", _triton, refuses=_triton_refuses, yields=interpreted), Backend("reference", reference, composite=True))

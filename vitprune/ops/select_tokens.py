@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..native import select_tokens as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, large, on_device, run, serve
 
 OP = "select_tokens"
 
@@ -96,6 +96,5 @@ define(OP + "_backward", "(Tensor dtokens, Tensor ids, int prefix, SymInt tokens
 
 # C++ is the fastest measured on CPUs; on a GPU nothing has been measured, so PyTorch's own calls come first.
 serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
-      Backend("reference", reference, composite=True),
       Backend("cuda", native.cuda, refuses=native.refuses_cuda),
-      Backend("triton", _triton, refuses=_triton_refuses))
+      Backend("triton", _triton, refuses=_triton_refuses, yields=interpreted), Backend("reference", reference, composite=True))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import short_attention as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve, values
+from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, large, on_device, run, serve, values
 
 OP = "short_attention"
 SMALL = 120_000  # scores: measured on a CPU
@@ -190,5 +190,7 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
 
 # On a GPU nothing has been measured, so PyTorch's own calls come first.
 serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
-      Backend("library", library, composite=True), Backend("reference", reference, composite=True),
-      Backend("triton", _triton, refuses=_triton_refuses), Backend("cuda", native.cuda, refuses=native.refuses_cuda))
+      Backend("library", library, composite=True, yields=lambda device, packed=False, **_: packed and device.type == "cuda"),
+      Backend("cuda", native.cuda, refuses=native.refuses_cuda, yields=lambda device, packed=False, **_: not packed),
+      Backend("triton", _triton, refuses=_triton_refuses, yields=lambda device, packed=False, **_: interpreted(device) or not packed),
+      Backend("reference", reference, composite=True))
