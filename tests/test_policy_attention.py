@@ -144,8 +144,9 @@ def tensors_of(case, device):
 
 def check(case, name, device, unlucky):
     """Errors at most twice the larger of plain PyTorch's and of the closed form's in the same dtype, which like any fused backward
-    pass starts from the rounded output; where a few tokens leave these errors to luck, six times, or
-    8 units in the last place of the output (32 in float32, in which a score is a sum of 128 products)."""
+    pass starts from the rounded output. Where luck decides, six times, or 8 units in the last place of the output (32 in float32, in
+    which a score is a sum of 128 products): with a few tokens; with one score far above the kept ones, which makes the gradient of its
+    policy, and its error; where the largest value alone was rounded luckily and the error of all, as a root mean square, is no larger."""
     tensors, up = tensors_of(case, device)
     got, plain, form = (run(name, tensors, up, case["eps"]) for name in (name, "reference", "truth"))
     for a, b, same, c in zip(got, plain, form, run("truth", tensors, up, case["eps"], torch.Tensor.double)):
@@ -154,7 +155,8 @@ def check(case, name, device, unlucky):
         try:
             within_twice(a, worse, c)
         except AssertionError:
-            assert not case["real"] or case["eps"] == 0  # one score far above the kept ones makes the gradient of its policy, and its error
+            rms = lambda t, c=c: (t.double() - c).square().mean()  # noqa: E731
+            assert not case["real"] or case["eps"] == 0 or case["policy"] == "zeros" or rms(a) <= rms(worse)
             unlucky.append(case)
             within_twice_unless_lucky(a, c + 3 * (worse - c), c, 32 if a.dtype == torch.float32 else 8)
 
