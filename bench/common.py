@@ -7,17 +7,14 @@ import functools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 
 import torch
 
-from vitprune.bench import DTYPES, interleave, machine
+from vitprune.bench import DTYPES, gpu_times, interleave, machine
 from vitprune.ops import backend, registry
 
 LIMITS = {"H200": (4.8e12, 989e12)}  # bytes a second and FLOPs a second in 16 bits, from the data sheet
-REPEATS = 10  # calls of each kind timed on the GPU alone
-CYCLES = 3e9  # a second, no card runs faster
 
 
 def kinds(device: torch.device, brief: bool) -> list[str]:
@@ -39,29 +36,6 @@ def timed(calls: dict, device: torch.device, min_time: float) -> dict:
     """The columns "ms", "spread_ms" and on a GPU "gpu_ms" of a row."""
     ms, spread = times(calls, device, min_time)
     return {"ms": ms, "spread_ms": spread} | ({"gpu_ms": gpu_times(calls, device)} if device.type == "cuda" else {})
-
-
-def gpu_times(calls: dict, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each of `calls` on the GPU alone: they wait behind a kernel that sleeps until the host has launched them
-    all (a call that waits for the device is timed with its wait), and what the cache holds is overwritten before each."""
-    found = {}
-    with torch.cuda.device(device):
-        spoil = torch.empty(max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 26), dtype=torch.uint8, device=device)
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            launching = time.perf_counter() - start
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
-            torch.cuda._sleep(int(CYCLES * min(0.5, 1e-3 + 1.5 * REPEATS * launching)))
-            for before, after in events:
-                spoil.zero_()
-                before.record()
-                call()
-                after.record()
-            torch.cuda.synchronize()
-            found[name] = statistics.median(before.elapsed_time(after) for before, after in events)
-    return found
 
 
 def forced(name: str, function: Callable, **options) -> Callable:

@@ -1,6 +1,8 @@
 """Engines, interleaving and the rows of a comparison."""
+import contextlib
 import copy
 import time
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -196,3 +198,35 @@ def test_cuda_graph(pair):
     with torch.inference_mode():
         for x in (images, torch.randn_like(images)):
             torch.testing.assert_close(run(x), model(x))
+
+
+class Card:
+    """A GPU that runs what it is given in order, a clock of its own; stands in for torch.cuda."""
+
+    def __init__(self):
+        self.host, self.queued, self.free = 0.0, [], 0.0
+
+    def work(self, host: float, gpu: float) -> None:
+        self.host += host
+        self.free = max(self.free, self.host) + gpu
+
+    def event(self, enable_timing):
+        assert enable_timing
+        event = SimpleNamespace(record=lambda: setattr(event, "at", max(self.free, self.host)))
+        event.elapsed_time = lambda other: 1e3 * (other.at - event.at)
+        return event
+
+    def synchronize(self) -> None:
+        self.host = self.free = max(self.host, self.free)
+
+
+def test_time_on_the_gpu_alone_is_without_the_host(monkeypatch):
+    gpu = Card()
+    cuda = SimpleNamespace(device=lambda device: contextlib.nullcontext(), synchronize=gpu.synchronize, Event=gpu.event,
+                           _sleep=lambda cycles: gpu.work(0.0, cycles / bench.CYCLES),
+                           get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1 << 20))
+    spoil = SimpleNamespace(zero_=lambda: gpu.work(1e-6, 1e-5))
+    monkeypatch.setattr(bench, "torch", SimpleNamespace(cuda=cuda, uint8=None, empty=lambda *_, **__: spoil))
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: gpu.host))
+    calls = {"launches": lambda: gpu.work(1e-4, 2e-6), "works": lambda: gpu.work(1e-6, 5e-3)}
+    assert bench.gpu_times(calls, None) == pytest.approx({"launches": 0.002, "works": 5.0})

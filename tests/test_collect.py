@@ -1,11 +1,9 @@
 """A card's file: written in parts within a budget, checked field by field, and rendered."""
-import contextlib
 import copy
 import functools
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -168,38 +166,6 @@ def test_a_bench_that_fails_prints_what_it_had(monkeypatch, capsys):
     with pytest.raises(torch.OutOfMemoryError):
         common.main(rows)
     assert json.loads(capsys.readouterr().out)["rows"] == [{"ms": 1}]
-
-
-class Card:
-    """A GPU that runs what it is given in order, a clock of its own; stands in for torch.cuda."""
-
-    def __init__(self):
-        self.host, self.queued, self.free = 0.0, [], 0.0
-
-    def work(self, host: float, gpu: float) -> None:
-        self.host += host
-        self.free = max(self.free, self.host) + gpu
-
-    def event(self, enable_timing):
-        assert enable_timing
-        event = SimpleNamespace(record=lambda: setattr(event, "at", max(self.free, self.host)))
-        event.elapsed_time = lambda other: 1e3 * (other.at - event.at)
-        return event
-
-    def synchronize(self) -> None:
-        self.host = self.free = max(self.host, self.free)
-
-
-def test_time_on_the_gpu_alone_is_without_the_host(monkeypatch):
-    gpu = Card()
-    cuda = SimpleNamespace(device=lambda device: contextlib.nullcontext(), synchronize=gpu.synchronize, Event=gpu.event,
-                           _sleep=lambda cycles: gpu.work(0.0, cycles / common.CYCLES),
-                           get_device_properties=lambda device: SimpleNamespace(L2_cache_size=1 << 20))
-    spoil = SimpleNamespace(zero_=lambda: gpu.work(1e-6, 1e-5))
-    monkeypatch.setattr(common, "torch", SimpleNamespace(cuda=cuda, uint8=None, empty=lambda *_, **__: spoil))
-    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: gpu.host))
-    calls = {"launches": lambda: gpu.work(1e-4, 2e-6), "works": lambda: gpu.work(1e-6, 5e-3)}
-    assert common.gpu_times(calls, None) == pytest.approx({"launches": 0.002, "works": 5.0})
 
 
 def test_what_a_training_call_keeps_is_counted():

@@ -21,6 +21,8 @@ from .tokens import TokenPruning
 from .vit import compact, prune
 
 ROUNDS = 5
+REPEATS = 10  # calls of each kind timed on the GPU alone
+CYCLES = 3e9  # a second, no card runs faster
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPILED = ("compiled", "compiled:max-autotune", "compiled:reduce-overhead")
 
@@ -93,6 +95,32 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int = ROUNDS, min
             times[name].append(1e3 * measure(call, repeats[name]))
         tick()
     return times
+
+
+def gpu_times(calls: dict, device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each of `calls` on the GPU alone, as in a CUDA graph.
+
+    They wait behind a kernel that sleeps until the host has launched them all (a call that waits for the device is timed with its wait),
+    and what the cache holds is overwritten before each.
+    """
+    found = {}
+    with torch.cuda.device(device):
+        spoil = torch.empty(max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 26), dtype=torch.uint8, device=device)
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            launching = time.perf_counter() - start
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+            torch.cuda._sleep(int(CYCLES * min(0.5, 1e-3 + 1.5 * REPEATS * launching)))
+            for before, after in events:
+                spoil.zero_()
+                before.record()
+                call()
+                after.record()
+            torch.cuda.synchronize()
+            found[name] = statistics.median(before.elapsed_time(after) for before, after in events)
+    return found
 
 
 def compare(dense: nn.Module, pruned: nn.Module, batch: int = 1, device: str = "cpu", dtype: str = "float32",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import cases, nvrtc
-from .bench import DTYPES, interleave, machine
+from .bench import DTYPES, gpu_times, interleave, machine
 from .cases import HEADS, Size
 from .kernels import configs
 from .ops import dispatch, registry
@@ -47,7 +47,7 @@ class State:
     """What is known so far."""
     device: torch.device
     deadline: float
-    rows: dict[tuple, dict] = field(default_factory=dict)       # (case, dtype, size, pass) -> what was measured
+    rows: dict[tuple, dict] = field(default_factory=dict)       # (case, dtype, size, pass, in a graph) -> what was measured
     disabled: dict[tuple, str] = field(default_factory=dict)    # (op, dtype, backend) -> why
     configs: dict[tuple, dict] = field(default_factory=dict)    # (op, arch, dtype, shape) -> the fastest configuration
 
@@ -184,7 +184,7 @@ def work(item: Item, state: State, min_time: float) -> None:
     synchronise = torch.cuda.synchronize if state.device.type == "cuda" else lambda: None
     left = [name for name in trial.usable if (item.op, item.kind, name) not in state.disabled]
     if item.configure:
-        timed = state.rows.get((item.case, item.kind, item.size, False), {"ms": {}})["ms"]
+        timed = state.rows.get((item.case, item.kind, item.size, False, False), {"ms": {}})["ms"]
         if "triton" not in left or timed.get("triton", 0) > HOPELESS * min(timed.values(), default=1):
             return
         state.configs |= configure(trial, state, min_time, synchronise)
@@ -199,10 +199,16 @@ def work(item: Item, state: State, min_time: float) -> None:
                 state.disabled[item.op, item.kind, name] = reason
                 left.remove(name)
         for backward in trial.passes:
-            times = interleave({name: trial.call(name, backward) for name in left if trial.able(name, backward)}, min_time=min_time, synchronise=synchronise)
-            state.rows[item.case, item.kind, item.size, backward] = {
-                "op": item.op, **dispatch.key(trial.dtype, {**trial.facts, "grad": backward}), "size": vars(item.size),
-                "ms": {name: round(statistics.median(t), 5) for name, t in times.items()}}
+            calls = {name: trial.call(name, backward) for name in left if trial.able(name, backward)}
+            times = interleave(calls, min_time=min_time, synchronise=synchronise)
+            measured = {False: {name: statistics.median(t) for name, t in times.items()}}
+            if state.device.type == "cuda":
+                measured[True] = gpu_times(calls, state.device)
+            for graph, ms in measured.items():
+                facts = {**trial.facts, "grad": backward} | ({"graph": True} if graph else {})
+                state.rows[item.case, item.kind, item.size, backward, graph] = {
+                    "op": item.op, **dispatch.key(trial.dtype, facts), "size": vars(item.size),
+                    "ms": {name: round(t, 5) for name, t in ms.items()}}
 
 
 def configure(trial: Trial, state: State, min_time: float, synchronise: Callable[[], None]) -> dict[tuple, dict]:

@@ -128,4 +128,5 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
 serve(OP, Backend("cuda", native.cuda, refuses=native.refuses), Backend("triton", _triton, refuses=_triton_refuses, yields=interpreted),
       Backend("reference", reference, composite=True))
 serve(INVERSE, Backend("cuda", native.expand_cuda, refuses=native.refuses),
-      Backend("triton", _triton_expand, refuses=_triton_refuses, yields=interpreted), Backend("reference", expand_reference, composite=True))
+      Backend("triton", _triton_expand, refuses=_triton_refuses, yields=interpreted),
+      Backend("reference", expand_reference, composite=True))

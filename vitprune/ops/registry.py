@@ -70,6 +70,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
     if torch.compiler.is_exporting():  # an exported graph must run where this package is not installed
         return next(b.name for b in TABLES[op].values() if b.composite)
     facts["grad"] = torch.is_grad_enabled()  # what is fastest forward need not be so with its gradient
+    if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        facts["graph"] = True  # the host's time, most of a small call, does not count in a CUDA graph
     if getattr(_local, "asked", None) is not None:
         _local.asked.append((op, dtype, facts))
     return _choose(op, device, dtype, tuple(facts.items()), getattr(_local, "forced", None))
