@@ -32,7 +32,7 @@ FORMAT = 1
 
 def jobs() -> list[str]:
     """Models first: they are what counts. Then what operators take of them, and every operator that has a file here."""
-    return [*MODELS, "shares", *(op for op in sorted(registry.TABLES) if (HERE / f"{op}.py").is_file())]
+    return [*MODELS, "train_step", "shares", *(op for op in sorted(registry.TABLES) if (HERE / f"{op}.py").is_file())]
 
 
 def work(job: str, device: str):

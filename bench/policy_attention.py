@@ -60,7 +60,8 @@ def candidates(device: torch.device, dtype: torch.dtype) -> dict:
              "flex": torch.compile(flex, dynamic=False)}
     for only in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         for masked in (False, True):
-            found[f"sdpa {only.name.lower()}" + " mask" * masked] = functools.partial(sdpa, only=only, masked=masked)
+            name = f"sdpa {only.name.lower()} mask" if masked else f"unmasked sdpa {only.name.lower()}"  # what no policy would cost
+            found[name] = functools.partial(sdpa, only=only, masked=masked)
     return found | kernels("policy_attention", device, dtype, ours)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-OURS = ("triton", "cuda", "cpp")  # a backend's name, or its first word; the rest are baselines
-NO_RIVALS = ("copy", "norm alone")  # measures of the card
+OURS = ("triton", "cuda", "cpp", "vitprune")  # a name's first word; the rest are baselines
+NO_RIVALS = ("copy", "norm", "unmasked")  # first words of what does less: measures of the card, attention without a policy
 
 
 def table(results: list[dict]) -> str:
@@ -71,7 +71,7 @@ def _compare(rows: list[dict[str, float]]) -> str:
     shares, names, rivals = [], [], []
     for ms in rows:
         ours = {n: t for n, t in ms.items() if n.split()[0] in OURS}
-        others = {n: t for n, t in ms.items() if n not in ours and n not in NO_RIVALS}
+        others = {n: t for n, t in ms.items() if n not in ours and n.split()[0] not in NO_RIVALS}
         if others:
             rivals.append(min(others, key=others.get))
         if ours and others:

@@ -12,8 +12,8 @@ from vitprune.step import Run
 from vitprune.train import TrainConfig, keep_memory
 
 
-def steps(batch: int, device: torch.device) -> dict:
-    """Name -> a step; "plain" calls each operator's reference, "vitprune" what is chosen on this machine."""
+def steps(batch: int, device: torch.device) -> tuple[dict, str]:
+    """Name -> a step, "plain" with each operator's reference, "vitprune" with what is chosen on this machine; and their precision."""
     import timm
     torch.manual_seed(0)
     dense = timm.create_model("deit_small_patch16_224").to(device).eval()
@@ -22,18 +22,19 @@ def steps(batch: int, device: torch.device) -> dict:
 
     def step():
         run.step(0, images, labels)
-    return {"plain": forced("reference", step), "vitprune": step}
+    return {"plain": forced("reference", step), "vitprune": step}, str(run.dtype or torch.float32).removeprefix("torch.")
 
 
 def rows(device: torch.device, min_time: float = 0.05):
     """A row a batch, in the precision that the trainer takes on that device."""
     cpu = device.type == "cpu"
-    found = [{"model": "deit_small_patch16_224", "batch": batch} for batch in ((8, 32) if cpu else (128,))]
+    found = [{"model": "deit_small_patch16_224", "batch": batch, "pass": "training step"} for batch in ((8, 32) if cpu else (128,))]
     for kept in (False, True) if cpu else (False,):
         if kept:
             keep_memory()
         for row in found:
-            for column, values in timed(steps(row["batch"], device), device, min_time).items():
+            calls, row["dtype"] = steps(row["batch"], device)
+            for column, values in timed(calls, device, min_time).items():
                 row.setdefault(column, {}).update({name + ", memory kept" * kept: value for name, value in values.items()})
     yield from found
 
