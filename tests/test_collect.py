@@ -171,9 +171,9 @@ def test_a_bench_that_fails_prints_what_it_had(monkeypatch, capsys):
 def test_what_a_training_call_keeps_is_counted():
     x, policy = torch.randn(2, 197, 3 * 384, requires_grad=True), torch.ones(2, 197, requires_grad=True)
     found = policy_attention.candidates(torch.device("cpu"), torch.float32)
-    kept = {name: policy_attention.saved(functools.partial(found[name], H=6), [x, policy]) for name in ("eager", "sdpa math")}
+    kept = {name: policy_attention.saved(functools.partial(found[name], H=6), [x, policy]) for name in ("eager", "unmasked sdpa math")}
     scores = 4 * 2 * 6 * 197 * 197
-    assert kept["eager"] > 3 * scores and scores < kept["sdpa math"] < 3 * scores
+    assert kept["eager"] > 3 * scores and scores < kept["unmasked sdpa math"] < 3 * scores
     if callable(found["cpp"]):
         kernel = policy_attention.saved(functools.partial(found["cpp"], H=6), [x, policy])
         assert kernel == 4 * 2 * 6 * 197 * (64 + 2)  # the output, a maximum and a sum a row
