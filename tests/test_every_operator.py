@@ -78,6 +78,19 @@ def test_autocast(case, name, device):
             within_twice_unless_lucky(got if got.dtype == torch.bfloat16 else got.bfloat16(), plain, c)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+def test_who_watches_sees_the_operator():
+    """Eager calls go past PyTorch's dispatcher, but not past a profiler or a mode."""
+    function, args, _ = prepared("select_tokens", SMALL, "cpu")
+    with forced("select_tokens", "cpp", "cpu"):
+        with torch.profiler.profile() as profile:
+            function(*args)
+        assert "vitprune::select_tokens" in {event.key for event in profile.key_averages()}
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+            function(*args)
+        assert torch.ops.vitprune.select_tokens in counter.get_flop_counts()["Global"]
+
+
 NAMES = {"select_tokens": "x scores", "compact_tokens": "x keep", "expand_rows": "rows cu_seqlens keep",
          "add_norm": "x residual weight bias", "short_attention packed": "qkv cu_seqlens", "sliced_linear out": "x w b live",
          "sliced_linear in": "x w b live", "sliced_mlp": "x w1 b1 w2 b2 live residual"}

@@ -48,9 +48,9 @@ def test_registered(name):
 def test_gpu(name, device):
     if reason := registry.table("select_tokens", torch.device(device, 0))[name]:
         pytest.fail(reason)
-    for seed in range(1000):
+    for seed in range(250 if name == "triton" else 1000):  # every layout is compiled anew
         check(forced(name), seed, device=device)
-    for seed in range(50):
+    for seed in range(10 if name == "triton" else 50):
         check(forced(name), seed, large=True, device=device)
 
 
