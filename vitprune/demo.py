@@ -35,7 +35,7 @@ class Recipe:
                                       backbone_frozen_epochs=0, train_embeddings=True, ratio_weight=20.0)
     blocks: TrainConfig = TrainConfig(epochs=4, batch_size=64, lr=2e-3, warmup_epochs=0, backbone_lr_scale=1.0,
                                       backbone_frozen_epochs=0, train_embeddings=True)
-    both: TrainConfig = TrainConfig(epochs=15, batch_size=64, lr=5e-3, warmup_epochs=1, backbone_lr_scale=0.4,
+    both: TrainConfig = TrainConfig(epochs=20, batch_size=64, lr=3e-3, warmup_epochs=1, backbone_lr_scale=0.6,
                                     backbone_frozen_epochs=0, train_embeddings=True, ratio_weight=20.0, ramp_tokens=True)
     keep: float = 0.7
     at: tuple[int, ...] = (2, 3, 4)
