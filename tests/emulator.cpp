@@ -130,6 +130,7 @@ using std::erf, std::exp, std::exp2, std::fabs, std::fmax, std::fmin, std::sqrt;
 #define __shared__ static
 #define __align__(n) __attribute__((aligned(n)))
 #define UNROLL
+#define ROLLED
 #define DYNAMIC_SHARED(name) unsigned char *const name = dynamic_shared
 
 #include "cuda/device.h"

@@ -11,7 +11,10 @@ __device__ void product(const SlicedProductParams &p) {
   constexpr int UNIT = 16 / sizeof(T), DEPTH = 4 * UNIT, HIGH = SIZE / 32, THREADS = 2 * SIZE;  // warps in two rows, each 32 columns wide
   constexpr int STAGES = ARCH < 800 ? 1 : SIZE == 64 ? 3 : 2;
   constexpr int A_ROW = DEPTH + UNIT, B_ROWS = DEPTH_ROWS ? DEPTH : SIZE, B_UNITS = (DEPTH_ROWS ? SIZE : DEPTH) / UNIT, B_ROW = (B_UNITS + 1) * UNIT;
-  __shared__ __align__(16) T a_tiles[STAGES][SIZE * A_ROW], b_tiles[STAGES][B_ROWS * B_ROW];
+  constexpr int A_TILE = SIZE * A_ROW, B_TILE = B_ROWS * B_ROW, C_ROW = SIZE + 8;
+  constexpr int LOADED = STAGES * (A_TILE + B_TILE) * sizeof(T), STORED = 32 * C_ROW * sizeof(float);
+  __shared__ __align__(16) unsigned char memory[LOADED > STORED ? LOADED : STORED];
+  T *a_tiles = (T *)memory, *b_tiles = a_tiles + STAGES * A_TILE;
   const int tid = threadIdx.x, lane = tid % 32, down = tid / 32 % 2, across = tid / 64;
 
   const long long tiles_down = (p.M + SIZE - 1) / SIZE, tiles_across = (p.N + SIZE - 1) / SIZE;
@@ -30,7 +33,7 @@ __device__ void product(const SlicedProductParams &p) {
       for (int i = tid; i < SIZE * (DEPTH / UNIT); i += THREADS) {
         const int row = i / (DEPTH / UNIT), depth = k + i % (DEPTH / UNIT) * UNIT;
         const bool valid = first_row + row < p.M && depth < p.K;
-        copy16(a_tiles[stage] + row * A_ROW + (depth - k), valid ? a + (first_row + row) * p.a_row + depth : a, valid);
+        copy16(a_tiles + stage * A_TILE + row * A_ROW + (depth - k), valid ? a + (first_row + row) * p.a_row + depth : a, valid);
       }
       for (int i = tid; i < B_ROWS * B_UNITS; i += THREADS) {
         const int row = i / B_UNITS, unit = i % B_UNITS * UNIT;
@@ -41,7 +44,7 @@ __device__ void product(const SlicedProductParams &p) {
           const long long d = place(depth, p.live_depth), c = place(column, p.live_columns);
           from += DEPTH_ROWS ? d * p.b_row + c : c * p.b_row + d;
         }
-        copy16(b_tiles[stage] + row * B_ROW + unit, from, valid);
+        copy16(b_tiles + stage * B_TILE + row * B_ROW + unit, from, valid);
       }
     }
     copies_commit();
@@ -53,7 +56,7 @@ __device__ void product(const SlicedProductParams &p) {
     fetch(k + (STAGES - 1) * DEPTH, (stage + STAGES - 1) % STAGES);
     copies_wait<STAGES - 1>();
     __syncthreads();
-    const T *left = a_tiles[stage] + down * 16 * HIGH * A_ROW, *right = b_tiles[stage] + across * 32 * (DEPTH_ROWS ? 1 : B_ROW);
+    const T *left = a_tiles + stage * A_TILE + down * 16 * HIGH * A_ROW, *right = b_tiles + stage * B_TILE + across * 32 * (DEPTH_ROWS ? 1 : B_ROW);
     if constexpr (sizeof(T) == 4) {  // sums of sums: as exact as a library that splits the depth
       if (k % (PART * DEPTH) == 0) UNROLL for (int h = 0; h < HIGH; h++) UNROLL for (int i = 0; i < 4; i++) UNROLL for (int e = 0; e < 4; e++)
         part[h][i][e] = 0;
@@ -68,42 +71,45 @@ __device__ void product(const SlicedProductParams &p) {
     stage = (stage + 1) % STAGES;
   }
 
+  // Through shared memory, 32 rows at a time: threads side by side store columns side by side, and this code is there once. Unrolled over a
+  // thread's elements it filled the instruction cache many times over.
   const T *bias = (const T *)p.bias;
   T *c = (T *)p.c, *other = (T *)p.other;
+  float *rows = (float *)memory;
   const bool pairs = p.c_column == 1 && p.c_row % 2 == 0;
-  UNROLL for (int i = 0; i < 4; i++) {
-    const int column = first_column + across * 32 + i * 8 + lane % 4 * 2;
-    if (column >= p.N) continue;
-    const bool two = column + 1 < p.N;
-    float offset[2] = {};
-    if (bias) UNROLL for (int e = 0; e < 2; e++)
-      if (column + e < p.N) offset[e] = to_float(bias[place(column + e, p.live_columns)]);
-    const long long to = place(column, p.full_columns) * p.c_column;
-    UNROLL for (int h = 0; h < HIGH; h++) UNROLL for (int r = 0; r < 2; r++) {
-      const int row = first_row + (down * HIGH + h) * 16 + r * 8 + lane / 4;
-      if (row >= p.M) continue;
-      float y[2];
+  ROLLED for (int pass = 0; pass < HIGH; pass++) {
+    UNROLL for (int h = 0; h < HIGH; h++)
+      if (h == pass) UNROLL for (int i = 0; i < 4; i++) UNROLL for (int r = 0; r < 2; r++)
+        store_pair(rows + (down * 16 + r * 8 + lane / 4) * C_ROW + across * 32 + i * 8 + lane % 4 * 2, total[h][i][2 * r], total[h][i][2 * r + 1]);
+    __syncthreads();
+    ROLLED for (int at = tid; at < 32 * SIZE / 2; at += THREADS) {
+      const int line = at / (SIZE / 2), inside = at % (SIZE / 2) * 2;
+      const int row = first_row + (line / 16 * HIGH + pass) * 16 + line % 16, column = first_column + inside;
+      if (row >= p.M || column >= p.N) continue;
+      const bool two = column + 1 < p.N;
+      float y[2] = {rows[line * C_ROW + inside], rows[line * C_ROW + inside + 1]};
       UNROLL for (int e = 0; e < 2; e++) {
-        y[e] = total[h][i][2 * r + e] + offset[e];
+        if (e == 1 && !two) continue;
         T *at = other + row * p.other_row + (column + e) * p.other_column;
+        if (bias) y[e] += to_float(bias[place(column + e, p.live_columns)]);
         if (p.epilogue == 2) {
-          if (e == 1 && !two) continue;
           const float x = to_float(*at), share = 0.5f * (1 + erff(x * 0.70710678f));
           y[e] *= share + x * 0.39894228f * expf(-0.5f * x * x);
           from_float(x * share, *at);
         } else {
-          if (other && (e == 0 || two)) y[e] += to_float(*at);
+          if (other) y[e] += to_float(*at);
           if (p.epilogue == 1) y[e] *= 0.5f * (1 + erff(y[e] * 0.70710678f));
         }
       }
-      T *at = c + place(row, p.live_rows) * p.c_row + to;
+      T *to = c + place(row, p.live_rows) * p.c_row + place(column, p.full_columns) * p.c_column;
       if (two && pairs) {
-        store_pair(at, y[0], y[1]);
+        store_pair(to, y[0], y[1]);
       } else {
-        from_float(y[0], at[0]);
-        if (two) from_float(y[1], at[p.c_column]);
+        from_float(y[0], to[0]);
+        if (two) from_float(y[1], to[p.c_column]);
       }
     }
+    __syncthreads();
   }
 }
 
