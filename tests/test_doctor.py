@@ -46,6 +46,9 @@ def test_card_newer_than_torch():
 def test_machine_code_for_one_card_alone_serves_no_other():
     assert len(doctor.problems(machine(GPU("Other", (9, 3)), archs=("sm_90a",)))) == 1
     assert doctor.problems(machine(GPU("H200", (9, 0)), archs=("sm_90a",))) == []
+    orin = GPU("Orin", (8, 7))
+    assert len(doctor.problems(machine(orin, archs=("sm_80", "sm_86")))) == 1
+    assert doctor.problems(machine(orin, archs=("sm_80", "sm_87"))) == []
 
 
 def test_driver_too_old():

@@ -84,7 +84,7 @@ def problems(machine: Machine) -> list[str]:
 
 
 def _serves(arch_list: tuple[str, ...], capability: tuple[int, int]) -> bool:
-    """Machine code of the same major and no higher minor, or PTX of any card as old or older."""
+    """Machine code of the same major and no higher minor (a Jetson's of its own alone), or PTX of any card as old or older."""
     major, minor = capability
     for entry in arch_list:
         kind, _, number = entry.partition("_")
@@ -93,7 +93,8 @@ def _serves(arch_list: tuple[str, ...], capability: tuple[int, int]) -> bool:
                 return True
             continue
         have = divmod(int(number), 10)
-        if (kind == "sm" and have[0] == major and have[1] <= minor) or (kind == "compute" and have <= capability):
+        alike = have == capability or native.JETSONS.isdisjoint((have, capability))
+        if (kind == "sm" and have[0] == major and have[1] <= minor and alike) or (kind == "compute" and have <= capability):
             return True
     return False
 

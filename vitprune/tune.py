@@ -116,8 +116,9 @@ def interpreted(device: torch.device) -> bool:
 def plan(device: torch.device, quick: bool, pretended: bool, operators: Sequence[str] | None = None) -> list[Item]:
     """The steps in order: every operator at two sizes, their configurations, other models, other batches and shares."""
     S, rest = HEADS["small"], (HEADS["base"], HEADS["tiny"])
-    waves = [[Size(1, S, 0.7), Size(32, S, 0.7)], [Size(B, H, 0.7) for H in rest for B in (32, 1)],
-             [Size(B, H, keep) for keep in (1.0, 0.5) for H in (HEADS["base"], S) for B in (128, 8)]]
+    many, fewer = (128, 32) if device.type == "cuda" else (32, 128)  # what fills a card, what it answers at once
+    waves = [[Size(1, S, 0.7), Size(many, S, 0.7)], [Size(B, H, 0.7) for H in rest for B in (many, 1)],
+             [Size(B, H, keep) for keep in (1.0, 0.5) for H in (HEADS["base"], S) for B in (fewer, 8)]]
     kinds = ["float32", "bfloat16"]
     if device.type == "cuda":  # below 8.0 bfloat16 is emulated
         kinds = ["float16", "bfloat16", "float32"] if configs.capability(device) >= 80 else ["float16", "float32"]
