@@ -150,17 +150,16 @@ def test_another_cards_file_is_not_used(machine, monkeypatch):
     assert chosen(large=True) == "reference"  # other versions count as another card
 
 
-def test_what_a_cuda_graph_captures_is_chosen_for_it(machine, monkeypatch):
+def test_what_a_cuda_graph_holds_is_chosen_for_it(machine, monkeypatch):
     """In a graph the host's time does not count: such a choice has a row of its own."""
     rows = [{"op": OP, "dtype": "float32", "facts": {"large": True, "grad": False} | more, "backend": name}
             for more, name in (({}, "reference"), ({"graph": True}, "fast"))]
     monkeypatch.setattr(dispatch, "of", lambda device: dispatch.Dispatch(None, {"choices": rows, "disabled": []}))
     monkeypatch.setattr(registry, "reload", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with torch.inference_mode():
-        for capturing, name in ((False, "reference"), (True, "fast")):
-            monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
-            assert registry.choose(OP, torch.device("cuda", 0), torch.float32, large=True) == name
+    assert chosen(large=True) == "reference"
+    with registry.for_graph():
+        assert chosen(large=True) == "fast"
+    assert chosen(large=True) == "reference"
 
 
 def test_a_shipped_file_serves_until_the_user_tunes(machine, monkeypatch, tmp_path):

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .ops.registry import for_graph
+
 Engine = Callable[[Tensor], Tensor]
 
 
@@ -163,7 +165,7 @@ def _cuda_graph(model: nn.Module, images: Tensor) -> Engine:
     if images.device.type != "cuda":
         raise Unavailable(f"CUDA graphs need a GPU, the images are on {images.device}")
     static, stream, graph = images.clone(), torch.cuda.Stream(images.device), torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.device(images.device):
+    with torch.inference_mode(), torch.cuda.device(images.device), for_graph():
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):

@@ -61,6 +61,17 @@ def backend(name: str) -> Iterator[None]:
         _local.forced = previous
 
 
+@contextlib.contextmanager
+def for_graph() -> Iterator[None]:
+    """Inside, backends are chosen for a CUDA graph, by the time on the GPU alone: the host's, most of a small call, does not count there.
+    Around the capture and the calls before it, which compile and load what it launches."""
+    previous, _local.graph = getattr(_local, "graph", False), True
+    try:
+        yield
+    finally:
+        _local.graph = previous
+
+
 @torch.compiler.assume_constant_result  # the choice is made when a graph is traced, never inside it
 def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
     """The name of the backend that serves operator `op` on that device and dtype; `facts` are static sizes.
@@ -70,8 +81,8 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
     if torch.compiler.is_exporting():  # an exported graph must run where this package is not installed
         return next(b.name for b in TABLES[op].values() if b.composite)
     facts["grad"] = torch.is_grad_enabled()  # what is fastest forward need not be so with its gradient
-    if device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-        facts["graph"] = True  # the host's time, most of a small call, does not count in a CUDA graph
+    if getattr(_local, "graph", False):
+        facts["graph"] = True
     if getattr(_local, "asked", None) is not None:
         _local.asked.append((op, dtype, facts))
     return _choose(op, device, dtype, tuple(facts.items()), getattr(_local, "forced", None))
