@@ -7,7 +7,7 @@ from kernel_checks import DEVICES, INTERPRETED
 from oracles import within_twice_unless_lucky
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from vitprune import cases
+from vitprune import cases, native
 from vitprune.cases import Size
 from vitprune.ops import backend, registry
 
@@ -176,6 +176,25 @@ def test_same_bits_a_thousand_times_in_graphs_and_streams(case, name, size):
                             t.zero_()
                 graph.replay()
                 assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
+
+
+@ON_GPU
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", [c for c in cases.CASES if c != "score_tokens"])
+def test_nvrtc_and_nvcc_give_the_same_bits(case, kind, monkeypatch):
+    device = torch.device("cuda", 0)
+    if native.forced() or not native.cubins():
+        pytest.skip("no cubins, or code of another architecture is forced")
+    function, args, ups = prepared(case, Size(4, 6, 0.7), device, kind)
+    found = []
+    with forced(case, "cuda", device):
+        for path in (native.cubin_path, lambda op, capability: None):
+            monkeypatch.setattr(native, "cubin_path", path)
+            native.kernel.cache_clear()
+            found.append(results(function, args, ups if not case.startswith("short_attention") else None))
+    native.kernel.cache_clear()
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @ON_GPU
