@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from kernel_checks import ARCHS, CPP, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
-from oracles import attention, check_operator, within_twice
+from oracles import attention, check_operator, within_twice, within_twice_unless_lucky
 
 from vitprune import ops
 from vitprune.native import short_attention as native
@@ -152,18 +152,22 @@ def triton(tensors, case):
         return run("triton", tensors, case)
 
 
-def check(case, device):
+def check(case, device, lucky):
+    """Errors at most twice plain PyTorch's; or one unit in the last place of the largest value, which PyTorch may round luckily."""
     tensors = tensors_of(case, device)
     got, plain, truth = triton(tensors, case), run("reference", tensors, case), run("reference", tensors, case, torch.Tensor.double)
     for a, b, c in zip(got, plain, truth):
         assert a.dtype == b.dtype and a.shape == b.shape
-        within_twice(a, b, c)
+        lucky.append(within_twice_unless_lucky(a, b, c, units=1))
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("device", DEVICES)
 def test_triton(device, count):
-    explore(lambda case: check(case, device), cases(False), cases(True), count, describe)
+    lucky = []
+    explore(lambda case: check(case, device, lucky), cases(False), cases(True), count, describe)
+    print("outputs and gradients beyond twice the error:", sum(lucky))
+    assert sum(lucky) <= len(lucky) // 100
 
 
 def cpp(tensors, case):
