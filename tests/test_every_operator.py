@@ -1,4 +1,5 @@
 """What holds for every operator in every backend: one graph for all sizes, autocast, far offsets, same bits, streams, CUDA graphs."""
+import contextlib
 import functools
 
 import pytest
@@ -89,6 +90,17 @@ def test_who_watches_sees_the_operator():
         with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
             function(*args)
         assert torch.ops.vitprune.select_tokens in counter.get_flop_counts()["Global"]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+def test_a_second_derivative_is_refused_by_name(watched):
+    function, args, ups = prepared("policy_attention", SMALL, "cpu")
+    x, policy = (a.requires_grad_() for a in args)
+    with forced("policy_attention", "cpp", "cpu"), torch.profiler.profile() if watched else contextlib.nullcontext():
+        first, = torch.autograd.grad(function(x, policy), x, ups, create_graph=True)
+        with pytest.raises(RuntimeError, match="^policy_attention: kernels have no second derivative"):
+            first.sum().backward()
 
 
 NAMES = {"select_tokens": "x scores", "compact_tokens": "x keep", "expand_rows": "rows cu_seqlens keep",

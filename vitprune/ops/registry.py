@@ -222,14 +222,20 @@ def _autocast(target: Callable, key, device: str, cast: Sequence[bool], *args):
 
 
 def gradient(op: str, backward: Callable, setup: Callable) -> None:
-    """Attach the gradient of `vitprune::op`."""
-    torch.library.register_autograd(f"vitprune::{op}", backward, setup_context=setup, lib=LIBRARY)
+    """Attach the gradient of `vitprune::op`; where an operator of its own computes it, `op`_backward, that has none, and says so."""
+    def no_more(ctx, *_) -> NoReturn:
+        raise RuntimeError(f"{op}: kernels have no second derivative; `with vitprune.ops.backend('reference')` has one")
+    second = f"{op}_backward"
+    for name, formula, prepare in ((op, backward, setup), (second, no_more, lambda ctx, inputs, output: None)):
+        if name not in RUN:
+            continue
+        torch.library.register_autograd(f"vitprune::{name}", formula, setup_context=prepare, lib=LIBRARY)
 
-    def forward(ctx, *args):  # a Function with setup_context reads the signature of its forward in every call
-        output = RUN[op](*args)
-        setup(ctx, args, output)
-        return output
-    GRADIENTS[op] = type(op, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+        def forward(ctx, *args, name=name, prepare=prepare):  # a Function with setup_context reads its signature in every call
+            output = RUN[name](*args)
+            prepare(ctx, args, output)
+            return output
+        GRADIENTS[name] = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(formula)})
 
 
 def on_device(op: str, of: str, device: torch.device, **tensors: Tensor | None) -> None:
