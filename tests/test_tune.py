@@ -150,6 +150,15 @@ def test_another_cards_file_is_not_used(machine, monkeypatch):
     assert chosen(large=True) == "reference"  # other versions count as another card
 
 
+def test_what_runs_forward_only_is_kept_for_that(machine):
+    machine(Backend("reference", slow, composite=True), Backend(
+        "forward", lambda x: x + x, composite=True, refuses=lambda device, dtype, grad=False, **_: "forward only" if grad else None))
+    result = quickly()
+    assert result["disabled"] == []
+    assert {c["backend"] for c in result["choices"] if not c["facts"]["grad"]} == {"forward"}
+    assert {c["backend"] for c in result["choices"] if c["facts"]["grad"]} == {"reference"}
+
+
 def test_what_a_cuda_graph_holds_is_chosen_for_it(machine, monkeypatch):
     """In a graph the host's time does not count: such a choice has a row of its own."""
     rows = [{"op": OP, "dtype": "float32", "facts": {"large": True, "grad": False} | more, "backend": name}

@@ -48,8 +48,9 @@ def key(dtype: torch.dtype, facts: dict) -> dict:
 
 
 def describe(choice: dict) -> str:
-    """The dtype and the facts that hold, in words: "float16 large"."""
-    return " ".join([choice["dtype"], *(name if value is True else f"{name} {value}" for name, value in choice["facts"].items() if value)])
+    """The dtype and the facts that hold, in words: "float16 large"; and the dtype that was timed where it was another."""
+    return " ".join([choice["dtype"], *(name if value is True else f"{name} {value}" for name, value in choice["facts"].items() if value),
+                     *([f"(timed in {choice['timed_in']})"] if "timed_in" in choice else [])])
 
 
 @functools.cache

@@ -32,7 +32,7 @@ def select_tokens(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1) -> tupl
 
 
 def reference(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor]:
-    """The definition: a stable sort of the negated scores puts ties in order and NaN last (on a GPU: one of positive sign)."""
+    """The definition: a stable sort of the negated scores puts ties in order and NaN last (GPUs put NaN with a sign first)."""
     scores = scores.detach()
     ids = torch.where(scores.isnan(), torch.nan, 0.0 - scores).sort(dim=1, stable=True).indices[:, :k].sort(dim=1).values
     return _gather(x, ids, prefix), ids
