@@ -139,7 +139,8 @@ def backends(device: torch.device) -> dict[str, dict[str, str | None]]:
 
 
 def measured(device: torch.device) -> dict:
-    """What `vitprune tune` (here, or for the package on the same card or one of its compute capability) found: its file, choices and disabled backends."""
+    """What `vitprune tune` found here, or for the package on this card or one of its compute capability: its file, choices and
+    disabled backends."""
     found = dispatch.of(device)
     return {"card": dispatch.card(device), "file": found.path and str(found.path), "choices": found.data["choices"],
             "disabled": found.data["disabled"]}
