@@ -106,9 +106,8 @@ AddNormParams add_norm_params(py::tuple addresses, py::tuple strides, py::tuple 
 template <typename Params, typename Make>
 void bind(py::module_ &m, const char *name, Make make) {
   py::class_<Params>(m, name).def(py::init(make));
-  m.def("launch", [](const Kernel *kernel, unsigned x, unsigned y, unsigned threads, unsigned shared_bytes, Address stream,
-                     const Params &params) {
-    launch_kernel(kernel, {x, y, threads, shared_bytes}, pointer<void>(stream), &params);
+  m.def("launch", [](const Kernel *kernel, unsigned x, unsigned y, unsigned threads, Address stream, const Params &params) {
+    launch_kernel(kernel, {x, y, threads}, pointer<void>(stream), &params);
   }, py::call_guard<py::gil_scoped_release>());
 }
 
@@ -116,8 +115,8 @@ void bind(py::module_ &m, const char *name, Make make) {
 
 PYBIND11_MODULE(_native, m) {
   py::class_<Kernel, std::unique_ptr<Kernel, py::nodelete>>(m, "Kernel");
-  m.def("load_kernel", [](py::bytes image, const std::string &name, int device, int shared_bytes) {
-    return load_kernel(image, name, device, shared_bytes);
+  m.def("load_kernel", [](py::bytes image, const std::string &name, int device) {
+    return load_kernel(image, name, device);
   }, py::return_value_policy::reference);
   m.def("driver_version", &driver_version);
 

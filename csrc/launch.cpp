@@ -18,7 +18,6 @@ struct Driver {
   int (*CtxPopCurrent)(void **);
   int (*ModuleLoadData)(void **, const void *);
   int (*ModuleGetFunction)(void **, void *, const char *);
-  int (*FuncSetAttribute)(void *, int, int);
   int (*LaunchKernel)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *, void **,
                       void **);
   std::string missing;  // why the driver cannot serve; empty where it can
@@ -42,7 +41,6 @@ struct Driver {
     find(CtxPopCurrent, "cuCtxPopCurrent_v2");
     find(ModuleLoadData, "cuModuleLoadData");
     find(ModuleGetFunction, "cuModuleGetFunction");
-    find(FuncSetAttribute, "cuFuncSetAttribute");
     find(LaunchKernel, "cuLaunchKernel");
   }
 };
@@ -77,7 +75,7 @@ class Current {
 
 }  // namespace
 
-Kernel *load_kernel(const std::string &image, const std::string &name, int device, int shared_bytes) {
+Kernel *load_kernel(const std::string &image, const std::string &name, int device) {
   const Driver &cuda = driver();
   if (!cuda.missing.empty()) throw std::runtime_error(name + ": no CUDA driver: " + cuda.missing);
   int handle;
@@ -88,17 +86,14 @@ Kernel *load_kernel(const std::string &image, const std::string &name, int devic
   const Current current(context, name);
   check(cuda.ModuleLoadData(&module, image.c_str()), name, "cuModuleLoadData");
   check(cuda.ModuleGetFunction(&function, module, name.c_str()), name, "cuModuleGetFunction");
-  constexpr int limit = 48 << 10, max_dynamic_shared_size_bytes = 8;  // what needs no leave; CUfunction_attribute
-  if (shared_bytes > limit)
-    check(cuda.FuncSetAttribute(function, max_dynamic_shared_size_bytes, shared_bytes), name, "cuFuncSetAttribute");
   return new Kernel{name, context, function};
 }
 
 void launch_kernel(const Kernel *kernel, Grid grid, void *stream, const void *params) {
   const Current current(kernel->context, kernel->name);
   void *arguments[] = {const_cast<void *>(params)};
-  check(driver().LaunchKernel(kernel->function, grid.x, grid.y, 1, grid.threads, 1, 1, grid.shared_bytes, stream,
-                              arguments, nullptr),
+  check(driver().LaunchKernel(kernel->function, grid.x, grid.y, 1, grid.threads, 1, 1, 0, stream, arguments,
+                              nullptr),
         kernel->name, "cuLaunchKernel");
 }
 

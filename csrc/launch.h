@@ -9,12 +9,11 @@ struct Kernel {
   void *context, *function;
 };
 
-// image: a cubin or PTX; device: the driver's ordinal, which follows CUDA_VISIBLE_DEVICES as torch's does;
-// shared_bytes: the most dynamic shared memory it is going to be launched with.
-Kernel *load_kernel(const std::string &image, const std::string &name, int device, int shared_bytes);
+// image: a cubin or PTX; device: the driver's ordinal, which follows CUDA_VISIBLE_DEVICES as torch's does.
+Kernel *load_kernel(const std::string &image, const std::string &name, int device);
 
 struct Grid {
-  unsigned x, y, threads, shared_bytes;
+  unsigned x, y, threads;
 };
 
 // params: the operator's struct, passed to the kernel by value.

@@ -130,7 +130,7 @@ def launch_expand(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, fill: float, c
     with _on(rows.device):
         expand_rows_kernel[(B, triton.cdiv(N, config["rows"]))](
             rows.view(bits), cu_seqlens, keep.contiguous().view(torch.uint8), out.view(bits), N, C, R,
-            torch.tensor(fill, dtype=rows.dtype).view(bits).item(), *rows.stride(), cu_seqlens.stride(0),
+            torch.tensor(fill, dtype=rows.dtype, device="cpu").view(bits).item(), *rows.stride(), cu_seqlens.stride(0),
             SCAN=min(config["scan"], max(16, triton.next_power_of_2(N))), ROWS=config["rows"], CHANNELS=config["channels"],
             num_warps=config["num_warps"])
     return out

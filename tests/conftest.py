@@ -107,12 +107,12 @@ def emulate(cuda_library, monkeypatch):
     """emulate(arch): from now on the CUDA backends serve CPU tensors, with the code of that architecture."""
     def start(arch: int) -> None:
         @functools.cache
-        def kernel(op: str, name: str, shared: int):
-            return native._native.load_kernel(str(cuda_library(op, arch)).encode(), name, 0, shared)
+        def kernel(op: str, name: str):
+            return native._native.load_kernel(str(cuda_library(op, arch)).encode(), name, 0)
 
-        def launch(op: str, name: str, grid, threads: int, params, device, *, shared: int = 0) -> None:
+        def launch(op: str, name: str, grid, threads: int, params, device) -> None:
             if grid[0] and grid[1]:
-                native._native.launch(kernel(op, name, shared), *grid, threads, shared, 0, params)
+                native._native.launch(kernel(op, name), *grid, threads, 0, params)
         monkeypatch.setattr(native, "launch", launch)
         monkeypatch.setattr(native, "processors", lambda index: 4)
         monkeypatch.setattr(native, "reason_cuda", lambda device, op: None)

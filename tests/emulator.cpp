@@ -53,7 +53,6 @@ static std::vector<Thread> thread_of(MAX_THREADS_OF_A_BLOCK);
 static Exchange exchange_of[MAX_THREADS_OF_A_BLOCK / WARP][2];
 static jmp_buf scheduler;
 static int arrived, counted;  // sums over the barrier being filled, and over the last one
-static unsigned char *dynamic_shared;
 
 [[noreturn]] static void broken(const char *what) {
   fprintf(stderr, "emulator: block (%u, %u), thread %u: %s\n", blockIdx.x, blockIdx.y, threadIdx.x, what);
@@ -131,7 +130,6 @@ using std::erf, std::exp, std::exp2, std::fabs, std::fmax, std::fmin, std::sqrt;
 #define __align__(n) __attribute__((aligned(n)))
 #define UNROLL
 #define ROLLED
-#define DYNAMIC_SHARED(name) unsigned char *const name = dynamic_shared
 
 #include "cuda/device.h"
 #include KERNEL
@@ -289,26 +287,13 @@ static void run_block(unsigned threads) {
   } while (release(threads));
 }
 
-// The end of shared memory lies at the end of a page, and the next one cannot be touched.
-static unsigned char *before_a_wall(unsigned bytes) {
-  constexpr size_t room = 256 << 10, wall = 64 << 10;
-  static unsigned char *const pages = [] {
-    void *p = mmap(nullptr, room + wall, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (p == MAP_FAILED || mprotect(static_cast<char *>(p) + room, wall, PROT_NONE)) broken("no memory");
-    return static_cast<unsigned char *>(p);
-  }();
-  return pages + room - (bytes + 15) / 16 * 16;
-}
-
-extern "C" int emulate(void *function, const unsigned *grid, unsigned threads, unsigned shared_bytes, const void *params) {
+extern "C" int emulate(void *function, const unsigned *grid, unsigned threads, const void *params) {
   kernel = reinterpret_cast<void (*)(const PARAMS)>(function);
   argument = *static_cast<const PARAMS *>(params);
   gridDim = {grid[0], grid[1], 1}, blockDim = {threads, 1, 1};
-  dynamic_shared = before_a_wall(shared_bytes);
   for (unsigned y = 0; y < grid[1]; y++)
     for (unsigned x = 0; x < grid[0]; x++) {
       blockIdx = {x, y, 0};
-      memset(dynamic_shared, 0xff, (shared_bytes + 15) / 16 * 16);
       run_block(threads);
     }
   return 0;

@@ -5,11 +5,10 @@
 #include <cstdlib>
 #include <cstring>
 
-using Run = int (*)(void *function, const unsigned *grid, unsigned threads, unsigned shared_bytes, const void *params);
+using Run = int (*)(void *function, const unsigned *grid, unsigned threads, const void *params);
 struct Function {
   void *function;
   Run run;
-  unsigned shared_bytes;
 };
 static char context_of_device_0;
 
@@ -35,12 +34,7 @@ int cuModuleLoadData(void **module, const void *image) {
 int cuModuleGetFunction(void **function, void *module, const char *name) {
   void *found = dlsym(module, name);
   if (found == nullptr) return 500;
-  *function = new Function{found, reinterpret_cast<Run>(dlsym(module, "emulate")), 48 << 10};
-  return 0;
-}
-int cuFuncSetAttribute(void *function, int attribute, int value) {
-  if (attribute != 8 || value > 227 << 10) return 1;
-  static_cast<Function *>(function)->shared_bytes = value;
+  *function = new Function{found, reinterpret_cast<Run>(dlsym(module, "emulate"))};
   return 0;
 }
 int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned threads, unsigned by, unsigned bz,
@@ -48,8 +42,8 @@ int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsign
   if (result("cuLaunchKernel")) return 700;
   const auto *kernel = static_cast<Function *>(function);
   if (!gx || gx > 0x7fffffff || !gy || gy > 65535 || gz != 1 || !threads || threads > 1024 || by != 1 || bz != 1) return 1;
-  if (shared_bytes > kernel->shared_bytes) return 1;
+  if (shared_bytes) return 1;
   const unsigned grid[] = {gx, gy};
-  return kernel->run(kernel->function, grid, threads, shared_bytes, arguments[0]);
+  return kernel->run(kernel->function, grid, threads, arguments[0]);
 }
 }

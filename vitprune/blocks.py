@@ -153,7 +153,8 @@ class BlockPruning:
     def _scores(self, magnitude: Tensor, stream: int) -> Tensor:
         if self.method == "magnitude":
             return magnitude
-        return torch.rand(magnitude.shape, generator=torch.Generator().manual_seed(self.seed * 65537 + stream))
+        generator = torch.Generator("cpu").manual_seed(self.seed * 65537 + stream)
+        return torch.rand(magnitude.shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def _by_fraction(self, scores, fraction: float) -> list[tuple[list[int], list[int]]]:
         def of(value: Fractions, i: int) -> float:
@@ -226,7 +227,7 @@ def head_scores(attn: PrunedAttention) -> Tensor:
     """Mean square of each head's q, k and v rows and output columns, float32 [H] on the CPU."""
     H, D = attn.num_heads, attn.head_dim
     if H == 0:
-        return torch.zeros(0)
+        return torch.zeros(0, dtype=torch.float32, device="cpu")
     qkv = attn.qkv.weight.float().square().view(3, H, -1).sum((0, 2))
     proj = attn.proj.weight.float().square().view(-1, H, D).sum((0, 2))
     return ((qkv + proj) / (D * (3 * attn.qkv.in_features + attn.proj.out_features))).cpu()

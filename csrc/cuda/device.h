@@ -16,7 +16,6 @@ struct bf16 {
 };
 
 #ifdef __CUDACC__
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
 #endif

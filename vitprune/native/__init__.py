@@ -91,16 +91,20 @@ def _cubin_folder() -> Path:  # beside the extension: an editable install keeps 
 
 
 @functools.cache
-def kernel(op: str, name: str, index: int, shared: int = 0):
-    """Kernel `name` of csrc/cuda/`op`.cu, loaded on CUDA device `index` and allowed `shared` bytes of dynamic shared memory.
+def kernel(op: str, name: str, index: int):
+    """Kernel `name` of csrc/cuda/`op`.cu, loaded on CUDA device `index`.
 
     Raises RuntimeError naming the kernel and what failed.
     """
     if older := forced():
-        return _native.load_kernel(nvrtc.compiled(op, f"compute_{older}"), name, index, shared)
-    path = cubin_path(op, capability(index))
-    image = path.read_bytes() if path else nvrtc.compiled(op, nvrtc.target(capability(index)))
-    return _native.load_kernel(image, name, index, shared)
+        return _native.load_kernel(nvrtc.compiled(op, f"compute_{older}"), name, index)
+    if path := cubin_path(op, capability(index)):
+        try:
+            return _native.load_kernel(path.read_bytes(), name, index)
+        except RuntimeError:  # of a newer CUDA than this driver's; torch's NVRTC suits the driver
+            if nvrtc.library() is None:
+                raise
+    return _native.load_kernel(nvrtc.compiled(op, nvrtc.target(capability(index))), name, index)
 
 
 @functools.cache
@@ -109,8 +113,8 @@ def processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def launch(op: str, name: str, grid: tuple[int, int], threads: int, params, device: torch.device, *, shared: int = 0) -> None:
+def launch(op: str, name: str, grid: tuple[int, int], threads: int, params, device: torch.device) -> None:
     """One launch of kernel `name` of csrc/cuda/`op`.cu on the device's current stream; nothing where the grid is empty."""
     if grid[0] and grid[1]:
         stream = torch.cuda.current_stream(device).cuda_stream
-        _native.launch(kernel(op, name, device.index, shared), *grid, threads, shared, stream, params)
+        _native.launch(kernel(op, name, device.index), *grid, threads, stream, params)

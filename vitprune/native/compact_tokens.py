@@ -36,7 +36,7 @@ def expand_cuda(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, fill: float) -> 
     if out.numel():
         parts = min(-(-N // 16), max(1, 4 * native.processors(rows.device.index) // B))
         chunk = -(-N // (16 * parts)) * 16
-        bits = torch.tensor(fill, dtype=rows.dtype).view(SIGNED[rows.element_size()]).item()
+        bits = torch.tensor(fill, dtype=rows.dtype, device="cpu").view(SIGNED[rows.element_size()]).item()
         _launch(INVERSE, rows, out, keep, cu_seqlens.to(torch.int32), (0, *rows.stride()), rows.shape[0], bits, chunk, B * -(-N // chunk))
     return out
 

@@ -16,8 +16,8 @@ def refuses_cpp(device: torch.device, dtype: torch.dtype, **_) -> str | None:
 def cpp(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H, N, D], a transposed [B, N, H, D]; row maxima and sums [B, H, N], float32."""
     B, H, N, D = q.shape
-    out = torch.empty(B, N, H, D, dtype=q.dtype).transpose(1, 2)
-    m, z = torch.empty(B, H, N), torch.empty(B, H, N)
+    out = torch.empty(B, N, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
+    m, z = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
     _run(scale, eps, (q, k, v, policy, out, m, z))
     return out, m, z
 
@@ -25,8 +25,8 @@ def cpp(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: floa
 def backward_cpp(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: Tensor, m: Tensor, z: Tensor,
                  scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and policy; m is held constant, which changes them by the order of eps."""
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype) for _ in range(3))
-    dpolicy = torch.empty(q.shape[:3])
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dpolicy = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     _run(scale, eps, (q, k, v, policy, out, m, z), dout, dq, dk, dv, dpolicy)
     return dq, dk, dv, dpolicy.sum(1).to(policy.dtype)
 

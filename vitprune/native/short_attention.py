@@ -38,19 +38,25 @@ def lengths(ends: list[int], rows: int, max_seqlen: int) -> list[int]:
     return counts
 
 
+def _output(qkv: Tensor, num_heads: int) -> tuple[Tensor, int, int]:
+    """An empty output, its rows, and the width of a head."""
+    out = torch.empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=qkv.dtype, device=qkv.device)
+    return out, out.shape[:-1].numel(), out.shape[-1] // num_heads
+
+
 def cpp(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
     """On the CPU, with as many threads as torch uses. Raises ValueError as `lengths` does."""
-    out = torch.empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=qkv.dtype)
-    rows, D = out.numel() // max(out.shape[-1], 1), out.shape[-1] // num_heads
+    out, rows, D = _output(qkv, num_heads)
     if cu_seqlens is None:
         B, N = qkv.shape[:2]
     else:
         counts = lengths(cu_seqlens.tolist(), rows, max_seqlen)  # again: a compiled graph knows them only here
         B, N, cu_seqlens = len(counts), max(counts, default=0), cu_seqlens.contiguous()
-    if qkv.stride(-1) != 1 or (cu_seqlens is None and qkv.stride(0) != N * qkv.stride(1)):
-        qkv = qkv.contiguous()
-    params = _native.ShortAttentionParams(qkv.data_ptr(), out.data_ptr(), 0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-                                          (B, num_heads, N, D, rows), qkv.stride(-2), scale, qkv.dtype == torch.bfloat16)
+    flat = qkv.reshape(rows, qkv.shape[-1])
+    if flat.stride(1) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    params = _native.ShortAttentionParams(flat.data_ptr(), out.data_ptr(), 0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+                                          (B, num_heads, N, D, rows), flat.stride(0), scale, qkv.dtype == torch.bfloat16)
     _native.short_attention_cpu(params, torch.get_num_threads())
     return out
 
@@ -68,20 +74,19 @@ def refuses_cuda(device: torch.device, dtype: torch.dtype, *, grad: bool = False
 
 def cuda(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
     """In one launch; cu_seqlens is not read back, and bounded by the kernel to the rows of qkv."""
-    out = torch.empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=qkv.dtype, device=qkv.device)
-    rows, D = out.numel() // max(out.shape[-1], 1), out.shape[-1] // num_heads
+    out, rows, D = _output(qkv, num_heads)
     B, N = qkv.shape[:2] if cu_seqlens is None else (cu_seqlens.shape[0] - 1, max_seqlen)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
         if B * N == 0:
             return out.zero_()
-    strays = qkv.stride(-1) != 1 or (cu_seqlens is None and qkv.stride(0) != N * qkv.stride(1))
-    if strays or qkv.data_ptr() % 16 or qkv.stride(-2) * qkv.element_size() % 16:  # rows are read 16 bytes at a time
-        qkv = qkv.clone(memory_format=torch.contiguous_format)
+    flat = qkv.reshape(rows, qkv.shape[-1])
+    if flat.stride(1) != 1 or flat.data_ptr() % 16 or flat.stride(0) * flat.element_size() % 16:  # rows are read 16 bytes at a time
+        flat = flat.clone(memory_format=torch.contiguous_format)
     width = next(w for w in (32, 64, 128) if D <= w)
     warps = 2 if width * qkv.element_size() > 256 else 4  # as in csrc/cuda/short_attention.cu
-    params = _native.ShortAttentionParams(qkv.data_ptr(), out.data_ptr(), 0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-                                          (B, num_heads, N, D, rows), qkv.stride(-2), scale, qkv.dtype == torch.bfloat16)
+    params = _native.ShortAttentionParams(flat.data_ptr(), out.data_ptr(), 0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+                                          (B, num_heads, N, D, rows), flat.stride(0), scale, qkv.dtype == torch.bfloat16)
     native.launch("short_attention", f"short_attention_{KINDS[qkv.dtype]}_{width}", (B * num_heads * -(-N // (16 * warps)), 1),
                   32 * warps, params, qkv.device)
     return out

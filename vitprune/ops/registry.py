@@ -80,12 +80,19 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
     """
     if torch.compiler.is_exporting():  # an exported graph must run where this package is not installed
         return next(b.name for b in TABLES[op].values() if b.composite)
+    forced = getattr(_local, "forced", None)
+    if torch.autograd.forward_ad._current_level >= 0:  # kernels would drop the tangents
+        if forced in TABLES[op] and not TABLES[op][forced].composite:
+            raise RuntimeError(f"{op}: backend {forced!r} has no forward-mode derivative; 'reference' has one")
+        return forced if forced in TABLES[op] else "reference"
+    if device.type in KEYS and torch.is_autocast_enabled(device.type) and any(CAST.get(op, ())) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)  # what a kernel will be given
     facts["grad"] = torch.is_grad_enabled()  # what is fastest forward need not be so with its gradient
     if getattr(_local, "graph", False):
         facts["graph"] = True
     if getattr(_local, "asked", None) is not None:
         _local.asked.append((op, dtype, facts))
-    return _choose(op, device, dtype, tuple(facts.items()), getattr(_local, "forced", None))
+    return _choose(op, device, dtype, tuple(facts.items()), forced)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -171,10 +178,12 @@ def run(op: str, *args):
 
 
 def _watched(tensors: Sequence[Tensor]) -> bool:
-    """Whether anyone needs to see the operator: a compiler, a tracer, a mode, a transform, a profiler, a kind of tensor of their own."""
+    """Whether anyone needs to see the operator: a compiler, a tracer, a mode, a transform, a profiler, a kind of tensor of their own,
+    a view whose sign is only noted."""
     return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled()
-            or any(type(t) is not Tensor and type(t) is not torch.nn.Parameter or t.device.type not in KEYS for t in tensors))
+            or any(type(t) is not Tensor and type(t) is not torch.nn.Parameter or t.device.type not in KEYS or t.is_neg()
+                   for t in tensors))
 
 
 def define(op: str, schema: str, run: Callable, fake: Callable, *, cast: Sequence[str] = (), macs: Callable | None = None):

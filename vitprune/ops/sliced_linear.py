@@ -55,7 +55,7 @@ def reference(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, side: str, w
 
 def by_products(product, x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, side: str, width: int) -> Tensor:
     """`sliced_linear` by a kernel's `product` (see vitprune.native.sliced_product)."""
-    one_dtype(OP, x, w)
+    one_dtype(OP, x, w=w, b=b)
     flat, out = as_rows(x), side == "out"
     y = torch.empty(len(flat), len(live) * width if out else w.shape[0], dtype=x.dtype, device=x.device)
     product(flat, w.t(), y, live.contiguous(), width, live_columns=out, live_depth=not out, bias=b if b is None else b.contiguous())
@@ -83,9 +83,10 @@ def spread(like: Tensor, live: Tensor, width: int, values: Tensor) -> Tensor:
     return full
 
 
-def one_dtype(op: str, x: Tensor, w: Tensor) -> None:
-    """Tensor cores take one kind of numbers."""
-    x.dtype == w.dtype or fail(op, "w", f"{x.dtype} as x", w.dtype)
+def one_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
+    """Kernels take one kind of numbers, as PyTorch's linear layers do."""
+    for name, t in tensors.items():
+        t is None or t.dtype == x.dtype or fail(op, name, f"{x.dtype} as x", t.dtype)
 
 
 def _backward(dy, x, w, live, side: str, width: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -53,8 +53,7 @@ def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
 def by_products(product, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor,
                 residual: Tensor | None, width: int) -> Tensor:
     """`sliced_mlp` by a kernel's `product` (see vitprune.native.sliced_product)."""
-    for w in (w1, w2):
-        one_dtype(OP, x, w)
+    one_dtype(OP, x, w1=w1, b1=b1, w2=w2, b2=b2)
     flat, live = as_rows(x), live.contiguous()
     b1, b2 = (b if b is None else b.contiguous() for b in (b1, b2))
     hidden = torch.empty(len(flat), len(live) * width, dtype=x.dtype, device=x.device)
