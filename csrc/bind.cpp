@@ -43,6 +43,7 @@ PolicyAttentionParams policy_attention_params(py::tuple addresses, py::tuple siz
   p.m = static_cast<float *>(next()), p.z = static_cast<float *>(next());
   p.dout = next(), p.dq = next(), p.dk = next(), p.dv = next();
   p.dpolicy = static_cast<float *>(next()), p.delta = static_cast<float *>(next());
+  p.dm = static_cast<float *>(next()), p.top = static_cast<int *>(next());
   p.B = sizes[0].cast<int>(), p.H = sizes[1].cast<int>(), p.N = sizes[2].cast<int>(), p.D = sizes[3].cast<int>();
   i = 0;
   for (auto *of : {p.q_strides, p.k_strides, p.v_strides, p.out_strides, p.dout_strides})

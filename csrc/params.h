@@ -26,7 +26,10 @@ struct PolicyAttentionParams {
   const void *dout;       // as out; null in the forward pass, with all that follows
   void *dq, *dk, *dv;     // [B, H, N, D], contiguous
   float *dpolicy;         // [B, H, N], contiguous: a share of each head
-  float *delta;           // [B, H, N], contiguous: the row sums of dout * out, from the kernel for dq to that for dk (CUDA)
+  // [B, H, N], contiguous, from the kernel for dq to that for dk (CUDA): the row sums of dout * out; the gradient of each row's
+  // maximum, and the key it belongs to (-1: left out as too small).
+  float *delta, *dm;
+  int *top;
   long long q_strides[4], k_strides[4], v_strides[4], out_strides[4], dout_strides[4];  // in elements
   float scale, eps;
   int bfloat16;  // 1: of q, k, v, out and their gradients; 0: float32 (CPU; a CUDA kernel has its dtype in its name)

@@ -85,6 +85,12 @@ OPERATORS = {
     "sliced_linear: x must be [..., 8], got (2, 7)": lambda: ops.sliced_linear(Z(2, 7), Z(8, 8), None, IDS([0]), side="out", width=4),
     "sliced_linear: live must be int32 [L], got torch.int64 (1,)":
         lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, torch.tensor([0]), side="out", width=4),
+    "sliced_linear: live must be ids in 0..1, each once, got [0, 2]":
+        lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, IDS([0, 2]), side="out", width=4),
+    "sliced_linear: live must be ids in 0..1, each once, got [-1]":
+        lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, IDS([-1]), side="out", width=4),
+    "sliced_mlp: live must be ids in 0..3, each once, got [1, 1]":
+        lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 16), None, IDS([1, 1]), width=4),
     "sliced_mlp: w2 must be [C, F] with F = 16, got (8, 15)":
         lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 15), None, IDS([0]), width=4),
     "sliced_mlp: b1 must be [16], got (8,)": lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), Z(8), Z(8, 16), None, IDS([0]), width=4),

@@ -103,6 +103,65 @@ def test_a_second_derivative_is_refused_by_name(watched):
             first.sum().backward()
 
 
+IN_CPP = ("select_tokens", "policy_attention", "short_attention", "short_attention packed")
+
+
+@pytest.fixture
+def defaults():
+    yield torch.set_default_dtype, torch.set_default_device
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("which, value", [(0, torch.float64), (0, torch.bfloat16), (1, "meta")])
+@pytest.mark.parametrize("case", IN_CPP)
+@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+def test_defaults_of_torch_change_nothing(case, which, value, defaults):
+    function, args, ups = prepared(case, SMALL, "cpu")
+    with forced(case, "cpp", "cpu"), torch.set_grad_enabled("short" not in case):
+        expected = results(function, args, ups if torch.is_grad_enabled() else None)
+        defaults[which](value)
+        for got, same in zip(results(function, args, ups if torch.is_grad_enabled() else None), expected, strict=True):
+            assert got.dtype == same.dtype
+            assert torch.equal(got, same)
+
+
+@pytest.mark.parametrize("case", [c for c in IN_CPP if "attention" in c])
+@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+def test_a_dtype_that_autocast_brings_is_refused_as_any(case):
+    function, args, _ = prepared(case, SMALL, "cpu")
+    with torch.autocast("cpu", torch.float16), torch.no_grad():
+        torch.testing.assert_close(function(*args), function(*(a.half() if a.is_floating_point() else a for a in args)), rtol=0, atol=2e-3)
+        with forced(case, "cpp", "cpu"), pytest.raises(RuntimeError, match="'cpp' cannot run here: no kernel for torch.float16"):
+            function(*args)
+
+
+@pytest.mark.parametrize("case", IN_CPP)
+@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+def test_forward_mode_is_right_or_refused(case):
+    """Kernels know no tangents: the reference serves, and a kernel that is forced says so."""
+    function, args, _ = prepared(case, SMALL, "cpu")
+    x, rest, tangent = args[0], args[1:], torch.randn_like(args[0])
+    of = lambda x: cases._list(function(x, *rest))[0]  # noqa: E731
+    with backend("reference"):
+        expected = torch.func.jvp(of, (x,), (tangent,))[1]
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(torch.func.jvp(of, (x,), (tangent,))[1], expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(of(dual)).tangent, expected)
+        with backend("cpp"), pytest.raises(RuntimeError, match=f"^{case.split()[0]}: backend 'cpp' has no forward-mode derivative"):
+            of(dual)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+def test_a_sign_that_is_only_noted_counts():
+    function, (x, scores), _ = prepared("select_tokens", SMALL, "cpu")
+    with forced("select_tokens", "cpp", "cpu"):
+        for got, expected in zip(function(torch._neg_view(x), torch._neg_view(scores)), function(-x, -scores)):
+            assert torch.equal(got, expected)
+
+
 NAMES = {"select_tokens": "x scores", "compact_tokens": "x keep", "expand_rows": "rows cu_seqlens keep",
          "add_norm": "x residual weight bias", "short_attention packed": "qkv cu_seqlens", "sliced_linear out": "x w b live",
          "sliced_linear in": "x w b live", "sliced_mlp": "x w1 b1 w2 b2 live residual"}

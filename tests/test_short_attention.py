@@ -196,6 +196,17 @@ def native_cuda(tensors, case):
         return ops.short_attention(qkv, num_heads=case["H"], cu_seqlens=cu_seqlens, max_seqlen=most, scale=case["scale"])
 
 
+@pytest.mark.parametrize("name, device", [pytest.param("cpp", "cpu", marks=CPP), *CUDA])
+@pytest.mark.parametrize("N, B", [(1, 4), (4, 1)])
+def test_strides_of_a_single_row_mean_nothing(name, device, N, B):
+    qkv = torch.randn(N, B, 96, device=device).transpose(0, 1) if N == 1 else torch.randn(1, 4, 3, 96, device=device)[:, :, 0]
+    qkv = qkv.as_strided(qkv.shape, (qkv.stride(0), 384, 1)) if N == 1 else qkv.as_strided(qkv.shape, (7, qkv.stride(1), 1))
+    with torch.no_grad(), ops.backend("reference"):
+        expected = ops.short_attention(qkv, num_heads=2)
+    with torch.no_grad(), ops.backend(name):
+        torch.testing.assert_close(ops.short_attention(qkv, num_heads=2), expected)
+
+
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name, device", CUDA)
 def test_cuda(name, device, count):

@@ -114,6 +114,13 @@ def test_triton(device, count):
     explored("triton", device, count)
 
 
+@pytest.mark.parametrize("name, device", CUDA)
+def test_bias_of_another_dtype_is_refused(name, device):
+    x, w = torch.randn(3, 32, device=device).half(), torch.randn(32, 32, device=device).half()
+    with ops.backend(name), pytest.raises(ValueError, match="^sliced_linear: b must be torch.float16 as x, got torch.float32$"):
+        ops.sliced_linear(x, w, torch.zeros(32, device=device), torch.tensor([0], dtype=torch.int32, device=device), side="out", width=16)
+
+
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name, device", CUDA)
 def test_cuda(name, device, count):

@@ -10,6 +10,7 @@ namespace WIDTH_NAMESPACE {
 namespace {
 
 constexpr int ROWS = 48;  // of scores at a time: 40 KiB at 208 keys
+constexpr float FELT = 0x1p-20f;  // a smaller share of eps in a row's sum is not felt in its gradient
 
 using Params = PolicyAttentionParams;
 
@@ -129,6 +130,23 @@ void forward(const Params &p, const Head &h, int b, int head) {
   }
 }
 
+// The gradient of a row's maximum, all of which goes to one key's score; in *top that key, -1 where it is below rounding. Of order one
+// where dropped keys alone are near the maximum. policy is 1 at the token itself.
+float differentiate_peak(const Params &p, const Head &h, const float *scores, const float *da, float m, float z, int *top) {
+  const float inverse = 1 / (z + p.eps);
+  *top = -1;
+  if (!(p.eps * inverse > FELT)) return 0;
+  *top = 0;
+  float all = 0;
+  Vec weighted = {};
+  for (int j = 0; j < p.N; j++) {
+    if (scores[j] > scores[*top]) *top = j;
+    all += da[j];
+  }
+  for (int j = 0; j < h.n; j += LANES) weighted += load(da + j) * exponential(load(scores + j) - m) * load(h.policy + j);
+  return p.eps * inverse * inverse * (z * all / p.N - sum(weighted));
+}
+
 // A row of scores becomes the weights a, and da the gradient of the scores; h.dpolicy gathers. policy is 1 at the token itself.
 void differentiate(const Params &p, const Head &h, float *scores, float *da, float m, float z, float delta) {
   const float inverse = 1 / (z + p.eps), floor = p.eps / p.N;
@@ -171,7 +189,10 @@ void backward(const Params &p, const Head &h, int b, int head) {
       const float delta = dot(h.up + i * h.d, h.acc + i * h.d, h.d);
       const float kept = h.policy[token], gathered = h.dpolicy[token];
       h.policy[token] = 1;
+      int top;
+      const float dm = differentiate_peak(p, h, h.scores + i * h.n, h.grad + i * h.n, p.m[bhn + token], p.z[bhn + token], &top);
       differentiate(p, h, h.scores + i * h.n, h.grad + i * h.n, p.m[bhn + token], p.z[bhn + token], delta);
+      if (top >= 0) h.grad[i * h.n + top] += dm;
       h.policy[token] = kept, h.dpolicy[token] = gathered;  // a token counts itself whatever its policy
     }
     product(p.N, h.d, rows, h.scores, 1, h.n, h.up, h.d, h.dv, h.d, first > 0);

@@ -1,9 +1,11 @@
 // The gradient of policy_attention to q, k, v and policy, from the maximum and sum that the forward pass kept of each row: no atomics.
-// query_gradient owns queries and writes delta, which key_gradient, launched after it, reads; that one owns keys.
+// query_gradient owns queries and writes delta, dm and top, which key_gradient, launched after it, reads; that one owns keys.
 // grid (tiles of ROWS rows, for each head of each image).
 #include "policy_attention.h"
 
 constexpr float HIGHEST = 80 * LOG2E;  // above its row's maximum: a dropped key's score, for the gradient of its policy
+template <typename T>
+constexpr float FELT = sizeof(T) == 2 ? 1 / 16384.0f : 1 / 1048576.0f;  // a smaller share of eps in a row's sum is not felt in its gradient
 
 template <typename T, int WIDTH>
 __device__ void query_gradient(const PolicyAttentionParams &p) {
@@ -71,9 +73,53 @@ __device__ void query_gradient(const PolicyAttentionParams &p) {
     if constexpr (S::STAGES == 1) fetch_keys(start + STEP, 0);
   }
 
+  // Where dropped keys alone are near a row's maximum, eps is much of its sum and the maximum has a gradient, all at one key's score.
+  float dm[2] = {};
+  int top[2] = {-1, -1};
+  auto felt = [&](int r) { return own + g + 8 * r < p.N && p.eps * inverse[r] > FELT<T>; };
+  if (__syncthreads_or(felt(0) || felt(1))) {
+    float best[2] = {-infinity(), -infinity()}, mean[2];  // mean: of a row's weights
+    UNROLL for (int r = 0; r < 2; r++) mean[r] = (1 / inverse[r] - p.eps) / p.N;
+    for (int start = 0; start < p.N; start += STEP) {
+      fetch_keys(start, 0);
+      if (tid < STEP) kept[0][tid] = kept_of(start + tid);
+      copies_wait<0>();
+      __syncthreads();
+      for (int j = 0; active && j < STEP && start + j < p.N; j += 16) {
+        float s[2][4] = {}, da[2][4] = {};
+        add_scores(s, queries, tiles.passing[0][0] + j * PITCH);
+        add_scores(da, ups, tiles.passing[0][1] + j * PITCH);
+        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) {
+          const int column = j + i * 8 + t + e % 2, key = start + column, r = e / 2;
+          const float x = key < p.N ? s[i][e] * scale : -infinity(), share = key == own + g + 8 * r ? 1 : kept[0][column];
+          if (x > best[r]) best[r] = x, top[r] = key;
+          dm[r] += da[i][e] * (mean[r] - exp2_approximate(x - peak[r]) * share);
+        }
+      }
+      __syncthreads();
+    }
+    UNROLL for (int r = 0; r < 2; r++) {
+      UNROLL for (int lane = 1; lane < 4; lane *= 2) {
+        const float x = __shfl_xor_sync(0xffffffffu, best[r], lane);
+        const int key = __shfl_xor_sync(0xffffffffu, top[r], lane);
+        if (x > best[r] || (x == best[r] && key < top[r])) best[r] = x, top[r] = key;
+      }
+      dm[r] = row_sum(dm[r]) * p.eps * inverse[r] * inverse[r];
+      if (!felt(r)) top[r] = -1;
+      if (top[r] < 0) continue;
+      UNROLL for (int i = 0; i < WIDTH / 8; i++) {
+        if (i * 8 >= p.D) continue;
+        float x[2];
+        load_values(x, k.data + top[r] * k.stride + i * 8 + t);
+        acc[i][2 * r] += dm[r] * x[0], acc[i][2 * r + 1] += dm[r] * x[1];
+      }
+    }
+  }
+
   UNROLL for (int r = 0; r < 2; r++) {
     const int row = own + g + 8 * r;
     if (row >= p.N) continue;
+    if (t == 0) p.dm[at.head + row] = dm[r], p.top[at.head + row] = top[r];
     T *dq = (T *)p.dq + (at.head + row) * p.D + t;
     UNROLL for (int i = 0; i < WIDTH / 8; i++)
       if (i * 8 < p.D) store_pair(dq + i * 8, acc[i][2 * r] * p.scale, acc[i][2 * r + 1] * p.scale);
@@ -85,7 +131,8 @@ __device__ void key_gradient(const PolicyAttentionParams &p) {
   using S = Tiles<T, WIDTH, 2>;
   constexpr int STEP = S::STEP, PITCH = S::PITCH;
   __shared__ S tiles;
-  __shared__ float peak[2][STEP], inverse[2][STEP], delta[2][STEP];  // of the queries that pass
+  __shared__ float peak[2][STEP], inverse[2][STEP], delta[2][STEP], dm[2][STEP];  // of the queries that pass
+  __shared__ int top[2][STEP];
   const Place at = place(p, S::ROWS);
   const int tid = threadIdx.x, warp = tid / 32, own = at.own, g = at.g, t = at.t;
   const Rows<T> q = rows_of<T>(p.q, p.q_strides, at), k = rows_of<T>(p.k, p.k_strides, at), v = rows_of<T>(p.v, p.v_strides, at);
@@ -94,14 +141,17 @@ __device__ void key_gradient(const PolicyAttentionParams &p) {
     if (start < p.N) fetch<S>(tiles.passing[stage][0], q, start, STEP, p), fetch<S>(tiles.passing[stage][1], dout, start, STEP, p);
     copies_commit();
   };
-  float next[3];
+  float next[4];
+  int next_top;
   auto look = [&](int query) {
     const bool valid = tid < STEP && query < p.N;
     next[0] = valid ? p.m[at.head + query] : 0, next[1] = valid ? 1 / (p.z[at.head + query] + p.eps) : 0;
-    next[2] = valid ? p.delta[at.head + query] : 0;
+    next[2] = valid ? p.delta[at.head + query] : 0, next[3] = valid ? p.dm[at.head + query] : 0;
+    next_top = valid ? p.top[at.head + query] : -1;
   };
   auto keep = [&](int turn) {
-    if (tid < STEP) peak[turn][tid] = next[0], inverse[turn][tid] = next[1], delta[turn][tid] = next[2];
+    if (tid >= STEP) return;
+    peak[turn][tid] = next[0], inverse[turn][tid] = next[1], delta[turn][tid] = next[2], dm[turn][tid] = next[3], top[turn][tid] = next_top;
   };
 
   fetch<S>(tiles.own[0], k, at.first, S::ROWS, p);
@@ -136,6 +186,10 @@ __device__ void key_gradient(const PolicyAttentionParams &p) {
         ds[i][e] = de * share;
         s[i][e] = (weight * share + floor) * inverse[turn][column];
       }
+      const int its_top = top[turn][j + tid % 16];
+      if (__ballot_sync(0xffffffffu, its_top >= own && its_top < own + 16))
+        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++)
+          if (const int column = j + i * 8 + t + e % 2; top[turn][column] == own + g + 8 * (e / 2)) ds[i][e] += dm[turn][column];
       add_weighted(dv, s, up_tile + j * PITCH, PITCH);
       add_weighted(dk, ds, q_tile + j * PITCH, PITCH);
     }

@@ -24,7 +24,7 @@ def cpp(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: floa
 
 def backward_cpp(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: Tensor, m: Tensor, z: Tensor,
                  scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and policy; m is held constant, which changes them by the order of eps."""
+    """Gradients of q, k, v and policy."""
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     dpolicy = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     _run(scale, eps, (q, k, v, policy, out, m, z), dout, dq, dk, dv, dpolicy)
@@ -41,7 +41,7 @@ def _params(scale: float, eps: float, forward: tuple[Tensor, ...], dout: Tensor 
     """The struct of both; rest: gradients and what else it ends with."""
     q, k, v, _, out, *_ = forward
     strided = (q, k, v, out, out if dout is None else dout)
-    addresses = [0 if t is None else t.data_ptr() for t in (*forward, dout, *rest, *(None,) * (5 - len(rest)))]
+    addresses = [0 if t is None else t.data_ptr() for t in (*forward, dout, *rest, *(None,) * (7 - len(rest)))]
     return _native.PolicyAttentionParams(tuple(addresses), tuple(q.shape), tuple(s for t in strided for s in t.stride()), scale, eps,
                                          q.dtype == torch.bfloat16)
 
@@ -67,13 +67,14 @@ def cuda(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: flo
 
 def backward_cuda(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: Tensor, m: Tensor, z: Tensor,
                   scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and policy in two launches; m is held constant, which changes them by the order of eps."""
+    """Gradients of q, k, v and policy in two launches."""
     dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    dpolicy, delta = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(2))
+    dpolicy, delta, dm = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(3))
+    top = torch.empty(q.shape[:3], dtype=torch.int32, device=q.device)
     dout, q, k, v, out = map(_aligned, (dout, q, k, v, out))
     kept = policy.float().contiguous()
-    params = _params(scale, eps, (q, k, v, kept, out, m, z), dout, dq, dk, dv, dpolicy, delta)
-    _launch(f"{OP}_backward", "query_gradient", 2, params, q)  # writes delta
+    params = _params(scale, eps, (q, k, v, kept, out, m, z), dout, dq, dk, dv, dpolicy, delta, dm, top)
+    _launch(f"{OP}_backward", "query_gradient", 2, params, q)  # writes delta, dm and top
     _launch(f"{OP}_backward", "key_gradient", 2, params, q)
     return dq, dk, dv, dpolicy.sum(1).to(policy.dtype)
 

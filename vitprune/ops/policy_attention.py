@@ -15,7 +15,7 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, scale: 
                      eps: float = 1e-6) -> Tensor:
     """softmax(q k^T * scale) v in which key j counts policy_j for every other token; a token always sees itself.
 
-    q, k, v [B, H, N, D], any strides; policy [B, N], 1 keeps a key and 0 drops it. Returns [B, H, N, D].
+    q, k, v [B, H, N, D], any strides; policy [B, N] in 0..1, 1 keeps a key and 0 drops it. Returns [B, H, N, D].
     With P_ij = p_j for i != j and 1 for i = j, and e_ij = exp(s_ij - m_i): A_ij = (e_ij P_ij + eps/N) / (sum_j e_ij P_ij + eps).
     eps > 0 takes m_i over all keys, as the official code does; eps = 0 takes it over kept keys and the token itself,
     so the result is finite however large a dropped score is, and NaN or infinities in dropped tokens stay in their rows.
@@ -23,7 +23,7 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, scale: 
     """
     B, H, N, D = _check(q, k, v, policy, eps)
     if q.numel() == 0:
-        return v.clone()
+        return v + 0 * (q + k + policy.sum())  # each has a gradient
     fits = True if D % 16 == 0 and 16 <= D <= 128 else False  # a branch, not the size: a graph with dynamic sizes has none to choose by
     name = choose(OP, q.device, q.dtype, fits=fits, large=large(B * N))
     return call(OP, name, q, k, v, policy, D ** -0.5 if scale is None else scale, eps)[0]
@@ -113,10 +113,10 @@ def _forward(q, k, v, policy, scale: float, eps: float, backend: str) -> tuple[T
 
 
 def _backward(dout, q, k, v, policy, out, m, z, scale: float, eps: float, backend: str) -> tuple[Tensor, ...]:
-    """Closed form; m is detached (a change of order eps)."""
+    """Closed form."""
     if backend == "triton":
-        from ..kernels import policy_attention as triton
-        return triton.launch_backward(dout, q, k, v, policy, out, m, z, scale, eps)
+        from ..kernels import policy_attention_backward as triton
+        return triton.launch(dout, q, k, v, policy, out, m, z, scale, eps)
     if backend == "cpp":
         return native.backward_cpp(dout, q, k, v, policy, out, m, z, scale, eps)
     if backend == "cuda":
@@ -129,7 +129,11 @@ def _backward(dout, q, k, v, policy, out, m, z, scale: float, eps: float, backen
         clean_k, clean_v = _finite(clean_k, policy), _finite(clean_v, policy)
     da = do @ clean_v.transpose(-2, -1)
     de = (da - (do * out.to(dtype)).sum(-1, keepdim=True)) / zp
-    ds = de * e * pairs * scale
+    ds = de * e * pairs
+    if eps > 0:  # the row's maximum counts where dropped keys alone are near it
+        dm = eps / zp ** 2 * (z[..., None] * da.mean(-1, keepdim=True) - (da * e * pairs).sum(-1, keepdim=True))
+        ds = ds.scatter_add(-1, e.argmax(-1, keepdim=True), dm)
+    ds = ds * scale
     off = de * e * (1 - torch.eye(q.shape[2], dtype=dtype, device=q.device))
     return ((ds @ clean_k).to(q.dtype), (ds.transpose(-2, -1) @ q.to(dtype)).to(k.dtype),
             (a.transpose(-2, -1) @ do).to(v.dtype), off.sum((1, 2)).to(policy.dtype))

@@ -64,7 +64,8 @@ def library(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: 
     if cu_seqlens is not None and (ends := values(cu_seqlens)) is not None:
         lengths = [b - a for a, b in zip(ends, ends[1:])]
         parts = [library(s[None], num_heads, None, 0, scale)[0] for s in qkv[:ends[-1]].split(lengths)]
-        return torch.cat([*parts, qkv.new_zeros(qkv.shape[0] - ends[-1], qkv.shape[1] // 3)])
+        tail = (parts[0] if parts else qkv).new_zeros(qkv.shape[0] - ends[-1], qkv.shape[1] // 3)  # in autocast's dtype
+        return torch.cat([*parts, tail])
     if _matmuls_win(qkv, cu_seqlens):
         return _matmuls(qkv, num_heads, scale)
     padded, keep = _pad(qkv, cu_seqlens, max_seqlen)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import sliced_product as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve, values
 
 OP = "sliced_linear"
 
@@ -35,9 +35,12 @@ def sliced_linear(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, *, side:
 
 
 def check_live(op: str, live: Tensor, blocks: int) -> None:
-    """live must be int32 [L] with L <= blocks."""
+    """live must be int32 [L], ids of blocks, each once; the ids are looked at on a CPU only, since nothing waits for a GPU."""
     (live.dim() == 1 and live.dtype == torch.int32) or fail(op, "live", "int32 [L]", f"{live.dtype} {tuple(live.shape)}")
     live.shape[0] <= blocks or fail(op, "live", f"at most {blocks} block ids", live.shape[0])
+    if ids := values(live):
+        (len({*ids}) == len(ids) and min(ids) >= 0 and max(ids) < blocks) or fail(op, "live", f"ids in 0..{blocks - 1}, each once",
+            f"{ids!s:.100}")
 
 
 def block_index(live: Tensor, width: int) -> Tensor:
