@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from timm.layers import SwiGLU
 from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from vitprune import BlockPruning, PrunedAttention, PrunedMlp, TokenPruning, accelerate, compact, ops, prune
 from vitprune.checkpoint import load, save
@@ -54,7 +55,11 @@ OPERATORS = {
     "policy_attention: policy must be on q's device cpu, got meta": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5, device="meta")),
     "policy_attention: eps must be >= 0, got -1.0": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps=-1.0),
     "short_attention: qkv must be [B, N, 3*H*D], got (5, 36)": lambda: ops.short_attention(Z(5, 36), num_heads=3),
-    "short_attention: num_heads must be a positive divisor of 36 / 3, got 5": lambda: ops.short_attention(Z(2, 5, 36), num_heads=5),
+    "short_attention: num_heads must be a positive int that divides 36 / 3, got 5": lambda: ops.short_attention(Z(2, 5, 36), num_heads=5),
+    "short_attention: num_heads must be a positive int that divides 36 / 3, got 2.0":
+        lambda: ops.short_attention(Z(2, 5, 36), num_heads=2.0),
+    "short_attention: max_seqlen must be an int >= 0 with cu_seqlens, got 6.0":
+        lambda: ops.short_attention(Z(5, 36), num_heads=3, cu_seqlens=IDS([0, 5]), max_seqlen=6.0),
     "short_attention: cu_seqlens must be int32 [B+1], got torch.int64 (2,)":
         lambda: ops.short_attention(Z(5, 36), num_heads=3, cu_seqlens=torch.tensor([0, 5]), max_seqlen=5),
     "short_attention: qkv must be floating point, got torch.int64":
@@ -68,11 +73,15 @@ OPERATORS = {
     "select_tokens: scores must be [B, N] = (1, 4), got (1, 5)": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 5), 2),
     "select_tokens: k must be an int in 0..4, got 5": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 4), 5),
     "select_tokens: k must be an int in 0..4, got -1": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 4), -1),
-    "select_tokens: prefix must be in 0..5, the number of tokens, got 6": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 4), 2, prefix=6),
+    "select_tokens: prefix must be an int in 0..5, the number of tokens, got 6":
+        lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 4), 2, prefix=6),
+    "select_tokens: prefix must be an int in 0..5, the number of tokens, got 1.0":
+        lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 4), 2, prefix=1.0),
     "compact_tokens: x must be [B, N, C], got (5, 4)": lambda: ops.compact_tokens(Z(5, 4), Z(5, 4).bool()),
     "compact_tokens: keep must be bool, got torch.float32": lambda: ops.compact_tokens(Z(1, 5, 4), Z(1, 5)),
     "compact_tokens: keep must be [B, N] = (1, 5), got (1, 4)": lambda: ops.compact_tokens(Z(1, 5, 4), Z(1, 4).bool()),
-    "compact_tokens: capacity must be >= 0, got -1": lambda: ops.compact_tokens(Z(1, 5, 4), Z(1, 5).bool(), capacity=-1),
+    "compact_tokens: capacity must be an int >= 0, got -1": lambda: ops.compact_tokens(Z(1, 5, 4), Z(1, 5).bool(), capacity=-1),
+    "compact_tokens: capacity must be an int >= 0, got 7.5": lambda: ops.compact_tokens(Z(1, 5, 4), Z(1, 5).bool(), capacity=7.5),
     "expand_rows: rows must be [R, C], got (5,)": lambda: ops.expand_rows(Z(5), IDS([0, 5]), Z(1, 5).bool()),
     "expand_rows: cu_seqlens must be int32 or int64, got torch.float32": lambda: ops.expand_rows(Z(5, 4), Z(2), Z(1, 5).bool()),
     "expand_rows: cu_seqlens must be keep's counts, summed, [0, 2, 5], got [0, 3, 5]":
@@ -81,7 +90,10 @@ OPERATORS = {
         lambda: ops.expand_rows(Z(1, 4), torch.tensor([0, 2]), IDS([[1, 1, 0]]).bool()),
     "expand_rows: cu_seqlens must be [B+1] = (2,), got (3,)": lambda: ops.expand_rows(Z(5, 4), IDS([0, 5, 5]), Z(1, 5).bool()),
     "sliced_linear: side must be 'in' or 'out', got 'up'": lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, IDS([0]), side="up", width=4),
-    "sliced_linear: width must be a divisor of 8, got 3": lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, IDS([0]), side="out", width=3),
+    "sliced_linear: width must be a positive int that divides 8, got 3":
+        lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, IDS([0]), side="out", width=3),
+    "sliced_linear: width must be a positive int that divides 8, got 4.0":
+        lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, IDS([0]), side="out", width=4.0),
     "sliced_linear: x must be [..., 8], got (2, 7)": lambda: ops.sliced_linear(Z(2, 7), Z(8, 8), None, IDS([0]), side="out", width=4),
     "sliced_linear: live must be int32 [L], got torch.int64 (1,)":
         lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, torch.tensor([0]), side="out", width=4),
@@ -93,7 +105,11 @@ OPERATORS = {
         lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 16), None, IDS([1, 1]), width=4),
     "sliced_mlp: w2 must be [C, F] with F = 16, got (8, 15)":
         lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 15), None, IDS([0]), width=4),
+    "sliced_mlp: width must be a positive int that divides F = 16, got 4.0":
+        lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 16), None, IDS([0]), width=4.0),
     "sliced_mlp: b1 must be [16], got (8,)": lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), Z(8), Z(8, 16), None, IDS([0]), width=4),
+    "add_norm: x must be [..., C], got ()": lambda: ops.add_norm(Z(()), Z(()), Z(1), Z(1), 1e-6),
+    "add_norm: x must be floating point, got torch.int64": lambda: ops.add_norm(Z(2, 4).long(), Z(2, 4), Z(4), Z(4), 1e-6),
     "add_norm: residual must be like x, (2, 5, 4), got (2, 4, 4)": lambda: ops.add_norm(Z(2, 5, 4), Z(2, 4, 4), Z(4), Z(4), 1e-6),
     "add_norm: weight must be [C] = (4,), got (5,)": lambda: ops.add_norm(Z(2, 5, 4), Z(2, 5, 4), Z(5), Z(4), 1e-6),
     "add_norm: gamma must be on x's device cpu, got meta":
@@ -309,6 +325,15 @@ def fails_with(message, action, *args):
 @pytest.mark.parametrize("message", [*OPERATORS, *PRUNING])
 def test_arguments(message):
     fails_with(message, {**OPERATORS, **PRUNING}[message])
+
+
+def test_a_traced_size_is_an_int():
+    def traced(x, keep):
+        N = x.shape[1]
+        kept, _ = ops.select_tokens(x, x[:, 1:, 0], N - 3)
+        rows, ends = ops.compact_tokens(x, keep, capacity=N + 1)
+        return kept, ops.short_attention(rows, num_heads=2, cu_seqlens=ends, max_seqlen=N)
+    make_fx(traced, tracing_mode="symbolic")(Z(1, 5, 12), Z(1, 5) == 0)  # a symbol is not refused
 
 
 @pytest.mark.parametrize("message", FILES)

@@ -16,8 +16,10 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, e
     """s = x + gamma * residual and LayerNorm(s); gamma is LayerScale (Touvron et al., CaiT, 2021, eq. 4).
 
     x, residual [..., C]; weight, bias, gamma [C] (bias and gamma may be None). Returns (s, normalised), both [..., C].
-    Raises ValueError for shapes or devices that do not fit together.
+    Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
+    x.dim() > 0 or fail(OP, "x", "[..., C]", x.shape)
+    x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
     residual.shape == x.shape or fail(OP, "residual", f"like x, {tuple(x.shape)}", residual.shape)
     C = x.shape[-1:]
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):

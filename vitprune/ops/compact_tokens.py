@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from ..native import compact_tokens as native
-from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, large, on_device, run, serve, values
+from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, is_int, large, on_device, run, serve, values
 
 OP, INVERSE = "compact_tokens", "expand_rows"
 
@@ -17,7 +17,7 @@ def compact_tokens(x: Tensor, keep: Tensor, *, capacity: int | None = None) -> t
     Raises ValueError for shapes that do not fit; more kept tokens than capacity raise RuntimeError (on a GPU: later).
     """
     _check(OP, x, "x", keep)
-    capacity is None or capacity >= 0 or fail(OP, "capacity", ">= 0", capacity)
+    capacity is None or (is_int(capacity) and capacity >= 0) or fail(OP, "capacity", "an int >= 0", capacity)
     if capacity is None:
         static = x.device.type != "cpu" or torch.compiler.is_compiling()
         capacity = keep.numel() if static else int(keep.sum())

@@ -253,6 +253,11 @@ def on_device(op: str, of: str, device: torch.device, **tensors: Tensor | None) 
         t is None or t.device == device or fail(op, name, f"on {of}'s device {device}", t.device)
 
 
+def is_int(value) -> bool:
+    """Whether that is an integer, a symbolic one of a graph too; True is none."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
 def values(t: Tensor) -> list | None:
     """The numbers of a tensor where reading them waits for nothing: on a CPU, outside of what is traced; None elsewhere."""
     if t.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(t) is not Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..native import select_tokens as native
-from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, large, on_device, run, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, is_int, large, on_device, run, serve
 
 OP = "select_tokens"
 
@@ -21,12 +21,12 @@ def select_tokens(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1) -> tupl
     """
     x.dim() == 3 or fail(OP, "x", "[B, P+N, C]", x.shape)
     x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
-    0 <= prefix <= x.shape[1] or fail(OP, "prefix", f"in 0..{x.shape[1]}, the number of tokens", prefix)
+    (is_int(prefix) and 0 <= prefix <= x.shape[1]) or fail(OP, "prefix", f"an int in 0..{x.shape[1]}, the number of tokens", prefix)
     N = x.shape[1] - prefix
     scores.shape == (x.shape[0], N) or fail(OP, "scores", f"[B, N] = {(x.shape[0], N)}", scores.shape)
     scores.dtype.is_floating_point or fail(OP, "scores", "floating point", scores.dtype)
     on_device(OP, "x", x.device, scores=scores)
-    (isinstance(k, int) and not isinstance(k, bool) and 0 <= k <= N) or fail(OP, "k", f"an int in 0..{N}", k)
+    (is_int(k) and 0 <= k <= N) or fail(OP, "k", f"an int in 0..{N}", k)
     many = True if N > 4096 else False  # a branch on the size, not the size: what a graph chooses by must be constant
     return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype, many=many, large=large(scores.numel())), x, scores, k, prefix)
 

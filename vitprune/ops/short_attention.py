@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import short_attention as native
-from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, large, on_device, run, serve, values
+from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, is_int, large, on_device, run, serve, values
 
 OP = "short_attention"
 SMALL = 120_000  # scores: measured on a CPU
@@ -25,13 +25,14 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
     packed = cu_seqlens is not None
     qkv.dim() == (2 if packed else 3) or fail(OP, "qkv", "[T, 3*H*D]" if packed else "[B, N, 3*H*D]", qkv.shape)
     qkv.dtype.is_floating_point or fail(OP, "qkv", "floating point", qkv.dtype)
-    (num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0) or fail(OP, "num_heads", f"a positive divisor of {qkv.shape[-1]} / 3",
-        num_heads)
+    (is_int(num_heads) and num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0) or fail(OP, "num_heads",
+        f"a positive int that divides {qkv.shape[-1]} / 3", num_heads)
+    (max_seqlen is None and not packed) or (is_int(max_seqlen) and max_seqlen >= 0) or fail(OP, "max_seqlen",
+        "an int >= 0 with cu_seqlens", max_seqlen)
     if packed:
         (cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] > 0) or fail(OP, "cu_seqlens",
             "int32 [B+1]", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
         on_device(OP, "qkv", qkv.device, cu_seqlens=cu_seqlens)
-        (max_seqlen is not None and max_seqlen >= 0) or fail(OP, "max_seqlen", "an int >= 0 with cu_seqlens", max_seqlen)
         if (ends := values(cu_seqlens)) is not None:
             native.lengths(ends, qkv.shape[0], max_seqlen)
     D = qkv.shape[-1] // (3 * num_heads)

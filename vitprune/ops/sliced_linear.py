@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import sliced_product as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve, values
+from .registry import Backend, call, choose, define, fail, find, gradient, is_int, large, on_device, run, serve, values
 
 OP = "sliced_linear"
 
@@ -25,7 +25,7 @@ def sliced_linear(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, *, side:
     side in ("in", "out") or fail(OP, "side", "'in' or 'out'", repr(side))
     w.dim() == 2 or fail(OP, "w", "[O, I]", w.shape)
     sliced = w.shape[0 if side == "out" else 1]
-    (width > 0 and sliced % width == 0) or fail(OP, "width", f"a divisor of {sliced}", width)
+    (is_int(width) and width > 0 and sliced % width == 0) or fail(OP, "width", f"a positive int that divides {sliced}", width)
     check_live(OP, live, sliced // width)
     inputs = w.shape[1] if side == "out" else live.shape[0] * width
     (x.dim() > 0 and x.shape[-1] == inputs) or fail(OP, "x", f"[..., {inputs}]", x.shape)

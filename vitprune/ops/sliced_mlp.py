@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import sliced_product as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, is_int, large, on_device, run, serve
 from .sliced_linear import as_rows, block_index, check_live, one_dtype, spread
 
 OP = "sliced_mlp"
@@ -28,7 +28,7 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     (w2.dim() == 2 and w2.shape[1] == hidden) or fail(OP, "w2", f"[C, F] with F = {hidden}", w2.shape)
     for name, t, n in (("b1", b1, hidden), ("b2", b2, w2.shape[0])):
         t is None or t.shape == (n,) or fail(OP, name, f"[{n}]", t if t is None else t.shape)
-    (width > 0 and hidden % width == 0) or fail(OP, "width", f"a divisor of F = {hidden}", width)
+    (is_int(width) and width > 0 and hidden % width == 0) or fail(OP, "width", f"a positive int that divides F = {hidden}", width)
     check_live(OP, live, hidden // width)
     out = (*x.shape[:-1], w2.shape[0])
     residual is None or residual.shape == out or fail(OP, "residual", f"{out}", residual if residual is None else residual.shape)
