@@ -60,8 +60,7 @@ def of(device: torch.device) -> Dispatch:
     for path in (path_of(name), configs.FOLDER / f"{slug(name)}.json", *alike) if name else ():
         if path.is_file():
             try:
-                data = json.loads(path.read_text())
-                check(data, data["card"] if path in alike else name)
+                data = read(path, None if path in alike else name)
             except (OSError, ValueError) as error:
                 warnings.warn(f"{path} is ignored: {error}; `vitprune tune` writes it anew", stacklevel=2)
                 continue
@@ -80,8 +79,16 @@ def _alike(device: torch.device) -> list[Path]:
             if json.loads(path.read_text()).get("machine", {}).get("capability") == own]
 
 
-def check(data: object, name: str) -> dict:
-    """The contents of a file as they must be for that card. Raises ValueError naming the field that is wrong."""
+def read(path: Path, name: str | None) -> dict:
+    """The contents of a file for that card, or for any. Raises OSError or ValueError."""
+    try:
+        return check(json.loads(path.read_text()), name)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def check(data: object, name: str | None) -> dict:
+    """The contents of a file as they must be for that card, or for any. Raises ValueError naming the field that is wrong."""
     if not isinstance(data, dict):
         raise ValueError("it must hold a JSON object")
     for field_, kind in FIELDS.items():
@@ -92,7 +99,7 @@ def check(data: object, name: str) -> dict:
             for column, kind in columns.items():
                 if not isinstance(row, dict) or not isinstance(row.get(column), kind):
                     raise ValueError(f"{field_} must hold objects with {column} ({kind.__name__}), got {row!r:.60}")
-    if data["card"] != name:
+    if data["card"] != (name or data["card"]):
         raise ValueError(f"card must be {name}, got {data['card']}")
     configs.check(data["configs"])
     return data
