@@ -140,6 +140,27 @@ def test_a_corrupt_file_is_ignored_with_a_warning(machine, spoil, message):
     assert chosen(large=False) == "fast"
 
 
+def test_what_is_not_measured_again_is_kept(machine):
+    data = json.loads(open(quickly()["file"]).read())
+    wrong = next(row for row in data["disabled"] if row["backend"] == "wrong")
+    configs = {"float32": [{"shape": {"R": 200}, "config": {"rows": 8}}]}
+    earlier = {"choices": [row | {"op": "other"} for row in data["choices"]] + [data["choices"][0] | {"facts": {"large": "unheard"}}],
+               "disabled": [wrong | {"op": "other"}, wrong | {"dtype": "float64"}],
+               "measured": [row | {"op": "other"} for row in data["measured"]], "configs": {"other": configs, OP: configs}}
+    path = dispatch.path_of("Card A")
+    path.write_text(json.dumps(data | {k: v if k == "configs" else data[k] + v for k, v in earlier.items()}))
+    result = quickly()
+    cases = lambda rows: [(row["op"], row["dtype"], row["facts"]) for row in rows]  # noqa: E731
+    assert cases(result["choices"]) == cases(data["choices"] + earlier["choices"])
+    assert cases(result["measured"]) == cases(data["measured"] + earlier["measured"])
+    assert result["disabled"] == data["disabled"] + earlier["disabled"]
+    assert result["configs"] == earlier["configs"]
+    assert json.loads(path.read_text()) == {k: v for k, v in result.items() if k not in ("file", "kept", "left_out", "seconds")}
+    assert result["kept"] == ["other bfloat16", "other float32", "toy float32", "toy float64"]
+    assert "kept as tuned before: other bfloat16, other float32, toy float32, toy float64" in tune.text(result)
+    assert quickly()["choices"][len(data["choices"]):] == earlier["choices"]
+
+
 def test_another_cards_file_is_not_used(machine, monkeypatch):
     quickly()
     monkeypatch.setattr(dispatch, "card", lambda device: "Card B")

@@ -4,6 +4,7 @@ A file of the user's cache folder keeps what was found (ops/dispatch.py). Work g
 early costs detail rather than operators. Under Triton's interpreter all steps run at tiny sizes and nothing is written, since its
 timings mean nothing; on a CPU without it, the CPU's own file is written.
 """
+import contextlib
 import importlib.util
 import json
 import math
@@ -60,8 +61,8 @@ def tune(device: str | torch.device, budget: float = BUDGET, quick: bool = False
     """Check and time every backend, then launch configurations, until all is done or `budget` seconds are over; write what won.
 
     quick: DeiT-S only and no launch configurations. operators: all, by default. Returns the contents of the file with its path
-    ("file", None where none is written), "left_out" and "seconds". Raises ValueError for a budget that is not positive and for an
-    operator that does not exist.
+    ("file", None where none is written), "kept" (what it has from an earlier one, not measured again), "left_out" and "seconds". Raises
+    ValueError for a budget that is not positive and for an operator that does not exist.
     """
     if not budget > 0:
         raise ValueError(f"tune: budget must be > 0 seconds, got {budget}")
@@ -92,13 +93,15 @@ def tune(device: str | torch.device, budget: float = BUDGET, quick: bool = False
     missed, every = (Counter(f"{item.case} {item.kind}" for item in some) for some in (left, items))
     data = {"card": name, "versions": dispatch.versions(), "machine": machine(str(device)), "date": time.strftime("%Y-%m-%d"),
             **decide(state), "configs": _table(state.configs), "measured": list(state.rows.values())}
-    path = None
+    path, kept = None, []
     if not pretended and name and (data["choices"] or data["disabled"]):
         path = dispatch.path_of(name)
+        with contextlib.suppress(OSError, ValueError):  # a file that cannot be read is written anew
+            kept = dispatch.keep(dispatch.read(path, name), data)
         nvrtc.write(path, (json.dumps(data, indent=1) + "\n").encode())
         registry.reload()
     missing = [f"{op}: no inputs are known (vitprune/cases.py)" for op in registry.TABLES if op not in {c.split()[0] for c in cases.CASES}]
-    return {**data, "file": path and str(path), "seconds": round(time.monotonic() - start, 1),
+    return {**data, "file": path and str(path), "kept": kept, "seconds": round(time.monotonic() - start, 1),
             "left_out": [*lost, *missing, *(f"{what}: {n} of {every[what]} steps" for what, n in missed.items())]}
 
 
@@ -294,6 +297,7 @@ def text(result: dict) -> str:
         "" if c["backend"] == c["instead_of"] else f" {c['speedup']:.2f} times as fast as {c['instead_of']}") for c in result["choices"]]
     lines += [f"disabled: {d['op']} {d['backend']} for {d['dtype']}: {d['reason']}" for d in result["disabled"]]
     lines += [f"not tuned: {what}" for what in result["left_out"]]
+    lines += [f"kept as tuned before: {', '.join(result['kept'])}"] if result["kept"] else []
     return "\n".join([*lines, f"written to {result['file']}" if result["file"] else
                       "nothing is written: " + ("Triton's interpreter is on, its timings mean nothing" if interpreted(torch.device("cpu"))
                                                 else "nothing was measured")])

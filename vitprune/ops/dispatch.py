@@ -1,9 +1,9 @@
 """Which backend measured fastest on this card: a file per card, shipped in kernels/configs/ or written by `vitprune tune`.
 
 The name says the card; that of a user's file the versions of torch, Triton and vitprune too, which it holds for alone. Inside: "card",
-"versions", "machine", "choices" [{"op", "dtype", "facts", "backend"}], "disabled" [{"op", "dtype", "backend", "reason"}] and "configs",
-a table as in kernels/configs/. A GPU without a file takes the choices shipped for one of its compute capability, else the order of
-the operators' own tables.
+"versions", "machine", "choices" [{"op", "dtype", "facts", "backend"}], "disabled" [{"op", "dtype", "backend", "reason"}], "configs",
+a table as in kernels/configs/, and in a user's file "measured", the times. A GPU without a file takes the choices shipped for one of
+its compute capability, else the order of the operators' own tables.
 """
 import functools
 import json
@@ -19,9 +19,9 @@ import torch
 from .. import nvrtc
 from ..kernels import configs
 
-FIELDS = {"card": str, "versions": dict, "choices": list, "disabled": list, "configs": dict}
+FIELDS = {"card": str, "versions": dict, "choices": list, "disabled": list, "configs": dict, "measured": list}
 ROWS = {"choices": {"op": str, "dtype": str, "facts": dict, "backend": str},
-        "disabled": {"op": str, "dtype": str, "backend": str, "reason": str}}
+        "disabled": {"op": str, "dtype": str, "backend": str, "reason": str}, "measured": {"op": str, "dtype": str, "facts": dict}}
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def check(data: object, name: str | None) -> dict:
     """The contents of a file as they must be for that card, or for any. Raises ValueError naming the field that is wrong."""
     if not isinstance(data, dict):
         raise ValueError("it must hold a JSON object")
+    data = {"measured": [], **data}  # shipped files leave it out
     for field_, kind in FIELDS.items():
         if not isinstance(data.get(field_), kind):
             raise ValueError(f"{field_} must be a {kind.__name__}, got {data.get(field_)!r:.60}")
@@ -103,6 +104,26 @@ def check(data: object, name: str | None) -> dict:
         raise ValueError(f"card must be {name}, got {data['card']}")
     configs.check(data["configs"])
     return data
+
+
+def keep(earlier: dict, data: dict) -> list[str]:
+    """Add to `data` what an earlier file of the same card and versions has beyond it; returns the operators and dtypes of that.
+
+    Choices stay where their case was not measured again, disabled backends where their operator was not in that dtype, launch
+    configurations until they are tuned again."""
+    def case(row: dict) -> tuple:
+        return row["op"], row["dtype"], str(row.get("facts"))
+    cases, kept = {case(row) for row in data["choices"]}, set()
+    kinds = {case(row)[:2] for rows in (data["choices"], data["disabled"]) for row in rows}
+    for field_ in ROWS:
+        rows = [row for row in earlier[field_] if (case(row)[:2] not in kinds if field_ == "disabled" else case(row) not in cases)]
+        data[field_] += rows
+        kept |= {f"{row['op']} {row['dtype']}" for row in rows}
+    for op, tuned in earlier["configs"].items():
+        again = data["configs"].get(op, {})
+        data["configs"][op] = {**tuned, **again}
+        kept |= {f"{op} {kind}" for kind in tuned.keys() - again.keys()}
+    return sorted(kept)
 
 
 @functools.cache
