@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ from vitprune.ops import dispatch, registry
 from vitprune.ops.registry import Backend
 
 CPU, OP = torch.device("cpu"), "toy"
+FAST = {"stages": 1, "programs": 1}
+TOY = SimpleNamespace(default=lambda dtype, arch, R: FAST | {"stages": 2},  # stages: its milliseconds; programs: what it multiplies by
+                      candidates=lambda dtype, arch, R: [FAST | change for change in ({"stages": 2}, {"programs": 2}, {"stages": 9}, {})])
+LAUNCHES = {**dict.fromkeys(("compact_tokens", "expand_rows", "select_tokens"), {"B": 128, "N": 197, "C": 384}),
+            **dict.fromkeys(("policy_attention", "short_attention", "short_attention_backward"), {"B": 128, "H": 6, "N": 197, "D": 64}),
+            **dict.fromkeys(("sliced_linear", "sliced_mlp"), {"M": 197, "C": 384, "L": 192}), "add_norm": {"R": 197, "C": 384}}
 
 
 def slow(x):
@@ -43,6 +50,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "card", lambda device: "Card A")
     monkeypatch.setattr(configs, "_tuned", {})
     monkeypatch.setattr(configs, "_said", set())
+    monkeypatch.setattr(configs, "kernel", lambda op: TOY)
     monkeypatch.setattr(tune, "interpreted", lambda device: False)
     have(Backend("reference", slow, composite=True), Backend("fast", lambda x: x + x, composite=True),
          Backend("wrong", lambda x: x * 2.01, composite=True), Backend("broken", failing, composite=True),
@@ -143,7 +151,7 @@ def test_a_corrupt_file_is_ignored_with_a_warning(machine, spoil, message):
 def test_what_is_not_measured_again_is_kept(machine):
     data = json.loads(open(quickly()["file"]).read())
     wrong = next(row for row in data["disabled"] if row["backend"] == "wrong")
-    configs = {"float32": [{"shape": {"R": 200}, "config": {"rows": 8}}]}
+    configs = {"float32": [{"shape": {"R": 200}, "config": FAST}]}
     earlier = {"choices": [row | {"op": "other"} for row in data["choices"]] + [data["choices"][0] | {"facts": {"large": "unheard"}}],
                "disabled": [wrong | {"op": "other"}, wrong | {"dtype": "float64"}],
                "measured": [row | {"op": "other"} for row in data["measured"]], "configs": {"other": configs, OP: configs}}
@@ -249,19 +257,17 @@ def test_a_backend_must_be_clearly_faster_to_come_before_another(machine):
     assert choice["backend"] == "reference"
 
 
-def test_configurations_are_checked_and_the_fastest_is_used(machine, monkeypatch):
+def test_configurations_are_checked_and_the_fastest_is_used(machine):
     def kernel(x):
-        config = configs.nearest(OP, 80, x.dtype, (("R", x.shape[0]),)) or {"sleep": 1, "error": 0}
-        if config["sleep"] > 5:
+        config = configs.nearest(OP, 80, x.dtype, (("R", x.shape[0]),)) or FAST | {"stages": 2}
+        if config["stages"] > 5:
             raise RuntimeError("out of shared memory")
-        time.sleep(config["sleep"] * 1e-3)
-        return x * (2 + config["error"])
+        time.sleep(config["stages"] * 1e-3)
+        return x * (1 + config["programs"])
     machine(Backend("reference", slow, composite=True), Backend("triton", kernel, composite=True))
-    monkeypatch.setattr(tune, "_candidates", lambda op, key: [{"sleep": 1, "error": 0}, {"sleep": 0, "error": 1}, {"sleep": 9, "error": 0},
-                                                              {"sleep": 0, "error": 0}])
     trial = tune.Trial(tune.Item(OP, "float32", Size(1, 1), True), CPU)
     found = tune.configure(trial, tune.State(CPU, time.monotonic() + 60), 0.0, lambda: None)
-    assert found == {(OP, 80, torch.float32, (("R", 200),)): {"sleep": 0, "error": 0}}
+    assert found == {(OP, 80, torch.float32, (("R", 200),)): FAST}
     path = dispatch.path_of("Card A")
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"card": "Card A", "versions": {}, "choices": [], "disabled": [], "configs": tune._table(found)}))
@@ -269,12 +275,36 @@ def test_configurations_are_checked_and_the_fastest_is_used(machine, monkeypatch
     assert chosen(large=True) == "reference"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        assert configs.nearest(OP, 80, torch.float32, (("R", 200),)) == {"sleep": 0, "error": 0}
+        assert configs.nearest(OP, 80, torch.float32, (("R", 200),)) == FAST
         assert not said
         for rows in (300, 400):
-            assert configs.nearest(OP, 80, torch.float32, (("R", rows),)) == {"sleep": 0, "error": 0}
+            assert configs.nearest(OP, 80, torch.float32, (("R", rows),)) == FAST
     assert [str(w.message) for w in said] == ["toy: no launch configuration is tuned for R 300, that of R 200 serves; said once"]
     assert configs.nearest(OP, 80, torch.float16, (("R", 300),)) is None
+
+
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_what_is_tuned_can_be_read(op):
+    pytest.importorskip("triton")
+    for dtype in ("float16", "float32"):
+        for arch in (75, 80, 90, 120):
+            found = configs.kernel(op).candidates(getattr(torch, dtype), arch, **LAUNCHES[op])
+            configs.check({op: {dtype: [{"shape": LAUNCHES[op], "config": config} for config in found]}})
+
+
+@pytest.mark.parametrize(("op", "shape", "config"), [
+    ("short_attention", {}, {"queries": 0}), ("short_attention", {}, {"queries": 17}), ("short_attention", {}, {"queries": True}),
+    ("short_attention", {}, {"spans": 0}), ("short_attention", {}, {"unheard": 1}), ("short_attention", {}, None),
+    ("short_attention", {"N": -197}, {}), ("short_attention", {"unheard": 1}, {}), ("short_attention", None, {}),
+    ("policy_attention", {}, {"keys": 0}), ("add_norm", {"R": 0}, {}), ("sliced_product", {}, {}), ("configs", {}, {}), ("../x", {}, {}),
+])
+def test_what_no_kernel_can_be_launched_with_is_refused(op, shape, config):
+    pytest.importorskip("triton")
+    known = op if op in LAUNCHES else "select_tokens"
+    row = {"shape": {} if shape is None else LAUNCHES[known] | shape,
+           "config": {} if config is None else configs.kernel(known).default(torch.float16, 80, **LAUNCHES[known]) | config}
+    with pytest.raises(ValueError, match=f"configs of {op} must be .* with sizes > 0 and all that its kernel takes"):
+        configs.check({op: {"float16": [row]}})
 
 
 def test_shipped_files_are_valid():
@@ -327,4 +357,5 @@ def test_real_kernels_interpreted(monkeypatch, tmp_path):
     result = tune.tune("cpu", budget=100, operators=["expand_rows", "add_norm", "select_tokens"], min_time=0.0)
     assert (result["disabled"], result["file"], result["left_out"], list(tmp_path.iterdir())) == ([], None, [], [])
     assert set(result["configs"]) == {"expand_rows", "add_norm", "select_tokens"}
+    configs.check(result["configs"])
     assert "interpreter is on" in tune.text(result)

@@ -5,14 +5,13 @@ early costs detail rather than operators. Under Triton's interpreter all steps r
 timings mean nothing; on a CPU without it, the CPU's own file is written.
 """
 import contextlib
-import importlib.util
 import json
 import math
 import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -227,7 +226,7 @@ def configure(trial: Trial, state: State, min_time: float, synchronise: Callable
         # A kernel that only the gradient asks for, or one configuration for both directions, is timed with the gradient.
         backward = trial.passes[-1] and (key not in asked[False] or asked[False] == asked[True])
         ready = {}
-        for i, option in enumerate(_candidates(trial.item.op, key)):
+        for i, option in enumerate(_candidates(*key)):
             if state.spent():
                 break
 
@@ -250,14 +249,10 @@ def configure(trial: Trial, state: State, min_time: float, synchronise: Callable
     return chosen
 
 
-def _candidates(op: str, key: tuple) -> Iterator[dict]:
-    """What the kernel's file offers for a launch: kernels/NAME.py by the name it asked with, else by that of the operator's file."""
-    name, arch, dtype, shape = key
-    package = configs.__package__.rpartition(".")[0]
-    for stem in (name, registry.find(op, "triton").run.__module__.rpartition(".")[2]):
-        if importlib.util.find_spec(f"{package}.{stem}"):
-            yield from importlib.import_module(f"{package}.{stem}").candidates(dtype, arch, **dict(shape))
-            return
+def _candidates(name: str, arch: int, dtype: torch.dtype, shape: tuple) -> Sequence[dict]:
+    """What the kernel's file offers for a launch."""
+    file = configs.kernel(name)
+    return file.candidates(dtype, arch, **dict(shape)) if file else ()
 
 
 def decide(state: State) -> dict:

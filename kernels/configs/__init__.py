@@ -1,20 +1,23 @@
-"""Tuned launch configurations: sm90.json holds those of compute capability 9.0.
+"""Tuned launch configurations: sm90.json would hold those of compute capability 9.0; none is shipped yet, kernels launch by `default`.
 
 {operator: {dtype: [{"shape": {name: int}, "config": {name: int}}]}}; a shape that is not listed takes the nearest that is, which
 is said once for each operator.
-What was tuned on this very card goes before it (`use`). Beside it lie the dispatch files of measured cards (vitprune/ops/dispatch.py).
+What was tuned on this very card goes before it (`use`). Here lie the dispatch files of measured cards (vitprune/ops/dispatch.py).
 """
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 FOLDER = Path(__file__).parent
+COUNTS = ("spans", "programs", "stages")  # ends of names; tiles and warps are powers of two
 _tuned: dict[int, dict] = {}   # by compute capability, a table as in the files
 _said: set[str] = set()        # operators for which the nearest configuration served
 _probe: dict[tuple, dict | None] | None = None  # not by thread: a gradient runs in another
@@ -41,15 +44,37 @@ def use(arch: int, tuned: dict) -> None:
     _nearest.cache_clear()
 
 
+def kernel(op: str) -> ModuleType | None:
+    """The file of what asks for configurations by that name: its own, or its operator's; None where there is none."""
+    from ...ops import registry
+    triton = registry.TABLES.get(op, {}).get("triton")
+    files = {path.stem for path in FOLDER.parent.glob("*.py")}
+    stem = next((s for s in (op, triton and triton.run.__module__.rpartition(".")[2]) if s in files), None)
+    return stem and importlib.import_module(f"{__package__.rpartition('.')[0]}.{stem}")
+
+
 def check(tuned: dict) -> None:
-    """Raises ValueError where that is no table of configurations."""
+    """Raises ValueError where that is no table of configurations with which kernels can be launched."""
     for op, kinds in tuned.items():
         try:
-            sizes = [size for rows in kinds.values() for row in rows for part in ("shape", "config") for size in row[part].values()]
+            wrong = next((row for kind, rows in kinds.items() for row in rows if not _fits(op, getattr(torch, kind), **row)), None)
         except (AttributeError, KeyError, TypeError):
-            sizes = [None]
-        if not all(isinstance(size, int) for size in sizes):
-            raise ValueError(f"configs of {op} must be {{dtype: [{{shape, config}}]}} with integers, got {kinds!r:.60}")
+            wrong = kinds
+        if wrong is not None:
+            raise ValueError(f"configs of {op} must be {{dtype: [{{shape, config}}]}} with sizes > 0 and all that its kernel takes, "
+                             f"powers of two where it is no count, got {wrong!r:.100}")
+
+
+def _fits(op: str, dtype: torch.dtype, shape: dict, config: dict) -> bool:
+    """Whether that kernel can be launched so."""
+    if not (shape and config) or any(type(size) is not int for size in (*shape.values(), *config.values())) or min(shape.values()) < 1:
+        return False
+    if importlib.util.find_spec("triton") is None:  # nothing is launched, and what it would take is not known
+        return True
+    file = kernel(op)
+    least = {"keys": 0} if hasattr(file, "keys_of") else {}  # 0: all in one pass
+    return config.keys() == file.default(dtype, 80, **shape).keys() and all(
+        size >= least.get(name, 1) and (name.endswith(COUNTS) or not size & size - 1) for name, size in config.items())
 
 
 @contextlib.contextmanager
