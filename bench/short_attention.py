@@ -44,32 +44,33 @@ def flex(x, H: int):
     return merged(flex_attention(*heads(x, H)))
 
 
-def varlen(x, H: int):
+def varlen(x, H: int, ends, longest: int):
     from torch.nn.attention.varlen import varlen_attn
-    B, N, _ = x.shape
-    ends = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=x.device)
-    q, k, v = x.reshape(B * N, 3, H, 64).unbind(1)
-    return varlen_attn(q, k, v, ends, ends, N, N).view(B, N, H * 64)
+    q, k, v = x.unflatten(-1, (3, H, 64)).unbind(1)
+    return varlen_attn(q, k, v, ends, ends, longest, longest).flatten(1)
 
 
-def ours(x, H: int, packed: bool = False):
-    if not packed:
-        return short_attention(x, num_heads=H)
+def ours(x, H: int, ends=None, longest: int | None = None):
+    return short_attention(x, num_heads=H, cu_seqlens=ends, max_seqlen=longest)
+
+
+def packed(x, H: int, function):
+    """function(rows, H, ends, longest) over a dense batch."""
     B, N, _ = x.shape
     ends = torch.arange(0, (B + 1) * N, N, dtype=torch.int32, device=x.device)
-    return short_attention(x.flatten(0, 1), num_heads=H, cu_seqlens=ends, max_seqlen=N).view(B, N, H * 64)
+    return function(x.flatten(0, 1), H, ends, N).view(B, N, H * 64)
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> dict:
     """Name -> function(x, H), or the reason why there is none; every one takes the fused qkv and gives rows."""
     found = {"eager": forced("reference", ours), "compiled": forced("reference", torch.compile(ours, dynamic=False)),
-             "library": forced("library", ours), "flex": torch.compile(flex, dynamic=False), "varlen": varlen}
+             "library": forced("library", ours), "flex": torch.compile(flex, dynamic=False),
+             "varlen": functools.partial(packed, function=varlen)}
     for only in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION):
         for masked in (False, True):
             found[f"sdpa {only.name.lower()}" + " mask" * masked] = functools.partial(sdpa, only=only, masked=masked)
-    for packed in (False, True):
-        found |= {name + " packed" * packed: function for name, function in kernels(
-            "short_attention", device, dtype, functools.partial(ours, packed=packed), packed=packed).items()}
+    for rows, function in ((False, ours), (True, functools.partial(packed, function=ours))):
+        found |= {name + " packed" * rows: call for name, call in kernels("short_attention", device, dtype, function, packed=rows).items()}
     return found
 
 
@@ -81,8 +82,8 @@ def waste(N: int) -> dict:
 
 
 def uneven(device: torch.device, kind: str, min_time: float, B: int = 32, H: int = 6) -> dict:
-    """A row for packed rows of 100 tokens on average (deviation 25), beside SDPA over the batch padded to the longest, which is
-    padded before and, in "pad, sdpa, unpad", in every call."""
+    """A row for packed rows of 100 tokens on average (deviation 25), beside varlen and SDPA over the batch padded to the longest,
+    which is padded before and, in "pad, sdpa, unpad", in every call."""
     generator = torch.Generator().manual_seed(0)
     lengths = (100 + 25 * torch.randn(B, generator=generator)).round().clamp(1, 196).int()
     ends, longest = F.pad(lengths.cumsum(0), (1, 0)).int().to(device), int(lengths.max())
@@ -92,16 +93,16 @@ def uneven(device: torch.device, kind: str, min_time: float, B: int = 32, H: int
     def library(padded, keep):
         return merged(F.scaled_dot_product_attention(*heads(padded, H), attn_mask=None if keep is None else keep[:, None, None, :]))
 
-    def packed(x):
-        return short_attention(x, num_heads=H, cu_seqlens=ends, max_seqlen=longest)
     functions = {"sdpa": lambda x: library(padded, None), "sdpa mask": lambda x: library(padded, keep),
                  "pad, sdpa, unpad": lambda x: _unpad(library(*_pad(x, ends, longest)), ends, x.shape[0]),
-                 **kernels("short_attention", device, x.dtype, packed, packed=True)}
+                 "varlen": lambda x: varlen(x, H, ends, longest),
+                 **kernels("short_attention", device, x.dtype, lambda x: ours(x, H, ends, longest), packed=True)}
     with torch.no_grad():
         ready, refused = calls(functions, [x], [], backward=False)
         columns = timed(ready, device, min_time)
-    return {"B": B, "N": "100 +- 25, packed", "H": H, "dtype": kind, "pass": "forward", "longest": longest, **columns,
-            "unavailable": {n: r[:160] for n, r in refused.items()}}
+    row = {"B": B, "N": "100 +- 25, packed", "H": H, "dtype": kind, "pass": "forward", "longest": longest, "bytes": x.nbytes * 4 // 3,
+           "macs": 2 * H * 64 * int((lengths.long() ** 2).sum()), **columns, "unavailable": {n: r[:160] for n, r in refused.items()}}
+    return row | share_of_limit(device, row)
 
 
 def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):

@@ -4,15 +4,17 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from torch.nn import functional as F
 
 from vitprune.train import TrainConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
-from bench import card, collect, common, policy_attention, render, select_tokens, shares  # noqa: E402
+from bench import card, collect, common, policy_attention, render, select_tokens, shares, short_attention  # noqa: E402
 
 MACHINE = {"platform": "Linux-6", "python": "3.12.1", "torch": "2.15.0+cu132", "timm": "1.0.31", "vitprune": "0.1.0", "triton": "3.9.0",
            "gpu": "Tesla T4", "cuda": "13.2", "threads": 2}
@@ -177,6 +179,22 @@ def test_what_a_training_call_keeps_is_counted():
     if callable(found["cpp"]):
         kernel = policy_attention.saved(functools.partial(found["cpp"], H=6), [x, policy])
         assert kernel == 4 * 2 * 6 * 197 * (64 + 2)  # the output, a maximum and a sum a row
+
+
+def test_uneven_rows_beside_varlen(monkeypatch):
+    """Where PyTorch has no varlen, one sequence after the other stands in for it."""
+    def alone(q, k, v, ends, _, *longest):
+        assert longest == (max(ends.diff()),) * 2
+        parts = zip(*(t.split(ends.diff().tolist()) for t in (q, k, v)))
+        return torch.cat([F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in part)).transpose(0, 1) for part in parts])
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", SimpleNamespace(varlen_attn=alone))
+    ends, x = torch.tensor([0, 3, 4, 9], dtype=torch.int32), torch.randn(9, 3 * 2 * 64)
+    torch.testing.assert_close(short_attention.varlen(x, 2, ends, 5), short_attention.ours(x, 2, ends, 5))
+    x = torch.randn(2, 5, 3 * 2 * 64)
+    torch.testing.assert_close(short_attention.packed(x, 2, short_attention.varlen), short_attention.ours(x, 2))
+    row = short_attention.uneven(torch.device("cpu"), "float32", 0.0, B=1, H=2)
+    assert {"varlen", "sdpa", "pad, sdpa, unpad"} <= row["ms"].keys()
+    assert (row["bytes"], row["macs"]) == (row["longest"] * 4 * 2 * 64 * 4, 2 * 2 * 64 * row["longest"] ** 2)
 
 
 def test_official_selection_keeps_the_same_tokens():
