@@ -35,6 +35,11 @@ def jobs() -> list[str]:
     return [*MODELS, "train_step", "shares", *(op for op in sorted(registry.TABLES) if (HERE / f"{op}.py").is_file())]
 
 
+def kind_of(job: str) -> str:
+    """What its rows are."""
+    return "model" if job in MODELS else "shares" if job == "shares" else "operator"
+
+
 def work(job: str, device: str):
     """The rows of one job."""
     if job in MODELS:
@@ -79,8 +84,7 @@ def run(name: str, command: list[str], seconds: float, clocks=lambda: {}) -> dic
         with contextlib.suppress(ValueError):  # the last line of a process that was stopped
             rows.append(json.loads(line))
     failed = process.returncode != 0 and cut is None
-    kind = "model" if name in MODELS else "shares" if name == "shares" else "operator"
-    return {"name": name, "kind": kind, "seconds": round(time.monotonic() - start, 1), "cut": cut,
+    return {"name": name, "kind": kind_of(name), "seconds": round(time.monotonic() - start, 1), "cut": cut,
             "error": _cause(said, process.returncode) if failed else None, "clocks": _spread(samples), "rows": rows}
 
 

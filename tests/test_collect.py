@@ -31,17 +31,21 @@ def model(**change) -> dict:
     return {"model": "deit_small_patch16_224", "tokens": 0.7, "heads": None, "hidden": None, "machine": MACHINE, "rows": [row | change]}
 
 
+def shared(**change) -> dict:
+    return operator("float32", all=4.0, add_norm=1.0) | {"model": "deit_small_patch16_224", "calls": {"add_norm": 12},
+                                                         "share": {"add_norm": 0.25}, "batch": 1} | change
+
+
 def good() -> dict:
     job = {"seconds": 9.0, "cut": None, "error": None, "clocks": {"sm_mhz": [300.0, 1590.0, 1590.0]}}
     rows = [operator("float16", eager=4.0, compiled=2.0, triton=1.0, copy=0.1), operator("float16", eager=1.0, triton=2.0)]
     rows[0]["gpu_ms"] = {"eager": 3.0, "compiled": 1.5, "triton": 1.0, "copy": 0.1}
     return copy.deepcopy({
-        "format": 1, "name": "Tesla T4", "device": "cuda", "date": "2026-11-23T21:00:00+00:00", "machine": MACHINE, "budget": 570.0,
+        "format": 1, "name": "Tesla T4", "device": "cuda", "date": "2025-11-23T21:00:00+00:00", "machine": MACHINE, "budget": 570.0,
         "seconds": 400.0, "idle_clocks": {"sm_mhz": 300.0},
         "jobs": [job | {"name": "deit_small_patch16_224", "kind": "model", "rows": [model()]},
                  job | {"name": "add_norm", "kind": "operator", "cut": "stopped after 40 s", "rows": rows},
-                 job | {"name": "shares", "kind": "shares", "rows": [operator("float32", all=4.0, add_norm=1.0) | {
-                     "model": "deit_small_patch16_224", "calls": {"add_norm": 12}, "share": {"add_norm": 0.25}, "batch": 1}]}]})
+                 job | {"name": "shares", "kind": "shares", "rows": [shared()]}]})
 
 
 @pytest.fixture
@@ -75,7 +79,7 @@ def test_merged_and_rendered_idempotently(tree):
     for again in (target, tree / "sent.json"):
         collect.collect(again)
         assert (tree / "README.md").read_text() == text
-    collect.collect(write(tree, good() | {"name": "NVIDIA H200"}))
+    collect.collect(write(tree, json.loads(json.dumps(good()).replace("Tesla T4", "NVIDIA H200"))))
     both = (tree / "README.md").read_text()
     assert both.index("**NVIDIA H200**") < both.index("**Tesla T4**")
 
@@ -88,7 +92,7 @@ def test_nothing_measured(tree):
 def test_an_older_file_does_not_replace_a_newer_one(tree):
     collect.collect(write(tree, good()))
     with pytest.raises(SystemExit, match="date must not be before that of card-tesla-t4.json"):
-        collect.collect(write(tree, good() | {"date": "2026-11-01T00:00:00+00:00"}))
+        collect.collect(write(tree, good() | {"date": "2025-11-23T22:59:59+02:00"}))
 
 
 def without(name: str) -> dict:
@@ -107,28 +111,45 @@ def job(i: int, **change) -> dict:
     ([], r"the file must be a JSON object, got \[\]"),
     (good() | {"format": 2}, "format must be 1, got 2"),
     (good() | {"name": 3}, "name must be a str, got 3"),
-    (good() | {"name": "T4 | <b>"}, "name must be a plain text"),
+    (good() | {"name": "T4 | <b>", "machine": MACHINE | {"gpu": "T4 | <b>"}}, "machine.gpu must be a plain text"),
+    (good() | {"name": "Tesla T5"}, "machine.gpu must be the file's name, Tesla T5, got 'Tesla T4'"),
+    (good() | {"name": "---", "machine": MACHINE | {"gpu": "---"}}, "name must be a text with letters or digits, got '---'"),
     (good() | {"name": "../../etc"} | {"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
-    (good() | {"date": "yesterday"}, "date must be an ISO date, got 'yesterday'"),
-    (good() | {"seconds": True}, "seconds must be a float, got True"),
+    (good() | {"device": "cpu"}, "machine must be without gpu and cuda where device is cpu, got {"),
+    (good() | {"date": "yesterday"}, "date must be an ISO date with its time zone, got 'yesterday'"),
+    (good() | {"date": "2025-11-23"}, "date must be an ISO date with its time zone, got '2025-11-23'"),
+    (good() | {"date": "9999-11-23T21:00:00+00:00"}, "date must be not after now"),
+    (good() | {"seconds": True}, "seconds must be a number > 0 and < 1e9, got True"),
+    (good() | {"seconds": -1}, "seconds must be a number > 0 and < 1e9, got -1"),
+    (good() | {"budget": 10 ** 400}, "budget must be a number > 0 and < 1e9, got 1000"),
     (good() | {"seconds": float("nan")}, "seconds must be a finite number, got nan"),
     (good() | {"machine": without("torch")}, "machine.torch must be a text, got None"),
     (good() | {"machine": MACHINE | {"triton": 3}}, "machine.triton must be a text, got 3"),
-    (good() | {"machine": without("threads")}, "machine.threads must be a number, got None"),
+    (good() | {"machine": without("threads")}, "machine.threads must be a number > 0 and < 1e9, got None"),
     (good() | {"jobs": []}, "jobs must be a list with at least one job"),
     (good() | {"jobs": [3]}, r"jobs\[0\] must be an object, got 3"),
-    (job(1, kind="other"), r"jobs\[1\].kind must be operator, model or shares, got 'other'"),
+    (job(1, name="other"), r"jobs\[1\].name must be one of .*, add_norm, .*, got 'other'"),
+    (job(1, kind="model"), r"jobs\[1\].kind must be operator, got 'model'"),
+    (job(1, seconds=-1.0), r"jobs\[1\].seconds must be a number >= 0, got -1.0"),
     (job(1, cut=3), r"jobs\[1\].cut must be null or a text, got 3"),
-    (job(1, clocks={"sm_mhz": 3}), r"jobs\[1\].clocks.sm_mhz must be \[least, median, most\], got 3"),
+    (job(1, clocks={"sm_mhz": 3}), r"jobs\[1\].clocks.sm_mhz must be \[least, median, most\], none < 0, got 3"),
+    (job(1, clocks={"sm_mhz": [3, 2, 1]}), r"jobs\[1\].clocks.sm_mhz must be \[least, median, most\], none < 0, got \[3, 2, 1\]"),
     (job(1, rows=[{"dtype": "float16"}]), r"jobs\[1\].rows\[0\].ms must be a dict, got None"),
     (job(1, rows=[operator("float16", eager=float("inf"))]), r"jobs\[1\].rows\[0\].ms.eager must be a finite number, got inf"),
-    (job(1, rows=[operator("float16", eager=0)]), r"jobs\[1\].rows\[0\].ms.eager must be a number > 0, got 0"),
+    (job(1, rows=[operator("float16", eager=0)]), r"jobs\[1\].rows\[0\].ms.eager must be a number > 0 and < 1e9, got 0"),
     (job(1, rows=[operator("float16", eager=1.0) | {"spread_ms": {"eager": [2, 3]}}]), r"spread_ms.eager must be \[least, most\] around"),
     (job(1, rows=[operator("float16", **{"<script>": 1.0})]), r"jobs\[1\].rows\[0\].ms must be a plain text, got '<script>'"),
     (job(1, rows=[operator("float16", eager=1.0) | {"gpu_ms": {"eager": -1}}]), r"rows\[0\].gpu_ms must be numbers > 0 for names in ms"),
     (job(0, rows=[{k: v for k, v in model().items() if k != "machine"}]), r"jobs\[0\].rows\[0\].machine must be a dict"),
     (job(0, rows=[model() | {"rows": []}]), r"jobs\[0\].rows\[0\].rows must be a list with at least one row"),
-    (job(0, rows=[model(dense_ms="4")]), r"jobs\[0\].rows\[0\].rows\[0\].dense_ms must be a float, got '4'"),
+    (job(0, rows=[model(dense_ms="4")]), r"jobs\[0\].rows\[0\].rows\[0\].dense_ms must be a number > 0 and < 1e9, got '4'"),
+    (job(0, rows=[model(dense_ms=-1.0)]), r"jobs\[0\].rows\[0\].rows\[0\].dense_ms must be a number > 0 and < 1e9, got -1.0"),
+    (job(0, rows=[model(pruned_ms=0)]), r"jobs\[0\].rows\[0\].rows\[0\].pruned_ms must be a number > 0 and < 1e9, got 0"),
+    (job(0, rows=[model() | {"tokens": 7}]), r"jobs\[0\].rows\[0\].tokens must be null or in 0..1, got 7"),
+    (job(0, rows=[model() | {"machine": MACHINE | {"gpu": "<b>"}}]), r"jobs\[0\].rows\[0\].machine.gpu must be a plain text"),
+    (job(2, rows=[shared(share={"<b>x</b>": 0.5})]), r"jobs\[2\].rows\[0\].share must be in 0..1 for names in ms, got {'<b>x</b>': 0.5}"),
+    (job(2, rows=[shared(share={"add_norm": 1.5})]), r"jobs\[2\].rows\[0\].share must be in 0..1 for names in ms, got {'add_norm': 1.5}"),
+    (job(2, rows=[shared(ms={})]), r"jobs\[2\].rows\[0\].ms must be with that of all, got {}"),
     (job(0, rows=[model(fastest=False)]), r"jobs\[0\].rows\[0\].rows must be one fastest of float16, batch 1, got 0"),
 ])
 def test_bad_files_are_refused_naming_the_field(tree, data, message):
