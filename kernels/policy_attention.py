@@ -118,11 +118,11 @@ def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
     if arch < 80 or (dtype == torch.float32 and wide):
         forward = backward = 16, 16, 8
     elif dtype == torch.float32:
-        forward = backward = (32, 16, 4) if narrow else (32, 32, 8)
+        forward, backward = ((32, 16, 4),) * 2 if narrow else ((32, 32, 8), (32, 16, 8))
     else:
         forward, backward = (64, 32, 8), (32, 32 if wide or narrow else 64, 4)
     names = ("queries", "keys", "num_warps", "backward_queries", "backward_keys", "backward_warps", "num_stages", "backward_stages")
-    stages = (3, 2) if dtype != torch.float32 else (2, 1) if wide else (3, 3)
+    stages = (3, 2) if dtype != torch.float32 or not (wide or narrow) else (2, 1) if wide else (3, 3)
     return dict(zip(names, (*forward, *backward, *stages)))
 
 
