@@ -127,6 +127,7 @@ using std::erf, std::exp, std::exp2, std::fabs, std::fmax, std::fmin, std::sqrt;
 #define __restrict__
 #define __launch_bounds__(...)
 #define __shared__ static
+#define SHARED(type, name) static Type<type> name
 #define __align__(n) __attribute__((aligned(n)))
 #define UNROLL
 #define ROLLED

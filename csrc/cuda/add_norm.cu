@@ -41,7 +41,7 @@ __device__ inline void row_sums(float (&x)[n], const Row &row) {
   for (int lane = (row.lanes < 32 ? row.lanes : 32) / 2; lane > 0; lane /= 2)
     UNROLL for (int i = 0; i < n; i++) x[i] += __shfl_xor_sync(0xffffffffu, x[i], lane);
   if (row.lanes <= 32) return;
-  __shared__ float sums[MAX_THREADS / 32][n];
+  SHARED(float[MAX_THREADS / 32][n], sums);
   __syncthreads();  // the last call's sums have been read
   if (threadIdx.x % 32 == 0) UNROLL for (int i = 0; i < n; i++) sums[threadIdx.x / 32][i] = x[i];
   __syncthreads();
@@ -93,7 +93,7 @@ __device__ void forward(const AddNormParams &p) {
 // grid (P): every P-th group of blockDim / lanes rows; partial [3, P, C] takes its sums for weight, bias and gamma.
 template <typename S, typename R, int UNIT>
 __device__ void backward(const AddNormParams &p) {
-  __shared__ __align__(32) float sums[3][SHARED_BY];
+  SHARED(float[3][SHARED_BY], sums);
   const int groups = blockDim.x / p.lanes;
   Row mine = {(int)threadIdx.x % p.lanes, p.lanes, 0};
   float gathered[3][HELD] = {};
@@ -152,7 +152,7 @@ __device__ void backward(const AddNormParams &p) {
 // grid (tiles of 32 channels, 3): the sums over the blocks, always in the same order.
 template <typename T>
 __device__ void sum_partials(const AddNormParams &p) {
-  __shared__ float sums[8][32];
+  SHARED(float[8][32], sums);
   const int lane = threadIdx.x % 32, channel = blockIdx.x * 32 + lane;
   float total = 0;
   if (channel < p.C)

@@ -6,7 +6,7 @@ constexpr int THREADS = 256, WARPS = THREADS / 32;
 
 // How many of keep[first .. last) are set; all threads of the block get the answer.
 __device__ inline long long count(const unsigned char *keep, long long first, long long last) {
-  __shared__ long long sums[WARPS];
+  SHARED(long long[WARPS], sums);
   long long sum = 0;
   if ((unsigned long long)(keep + first) % 16 == 0) {  // 16 a load
     for (long long i = first + 16 * threadIdx.x; i + 16 <= last; i += 16 * THREADS) {
@@ -27,7 +27,7 @@ __device__ inline long long count(const unsigned char *keep, long long first, lo
 
 // How many threads before this one bring a 1; total: of all.
 __device__ inline int scan(int kept, int &total) {
-  __shared__ int sums[WARPS];
+  SHARED(int[WARPS], sums);
   const unsigned ballot = __ballot_sync(0xffffffffu, kept);
   const int warp = threadIdx.x / 32;
   __syncthreads();
@@ -66,7 +66,7 @@ __device__ inline void write_row(const CompactTokensParams &p, const char *from,
 // grid (chunks of tokens, as many as rows if there are more of these). A kept token goes to row `kept before it`, a dropped one is a row of
 // zeros counted from the end: every row up to B * N is written once, though nobody knows how many are kept.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) compact_tokens(const CompactTokensParams p) {
-  __shared__ long long row_of[THREADS];
+  SHARED(long long[THREADS], row_of);
   const long long T = (long long)p.B * p.N, first = (long long)blockIdx.x * p.chunk;
   long long before = count(p.keep, 0, first < T ? first : T);
   if (first == 0 && threadIdx.x == 0) p.cu_seqlens[0] = 0;
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) compact_tokens(const Co
 
 // grid (chunks of tokens of an image, for each image); rows that are not there read as zero.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) expand_rows(const CompactTokensParams p) {
-  __shared__ long long row_of[THREADS];
+  SHARED(long long[THREADS], row_of);
   const int parts = (p.N + p.chunk - 1) / p.chunk, first = blockIdx.x % parts * p.chunk;
   const long long b = blockIdx.x / parts;
   const int last = first + p.chunk < p.N ? first + p.chunk : p.N;

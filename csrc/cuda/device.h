@@ -18,7 +18,12 @@ struct bf16 {
 #ifdef __CUDACC__
 #define UNROLL _Pragma("unroll")
 #define ROLLED _Pragma("unroll 1")
+#define SHARED(type, name) __shared__ __align__(32) Type<type> name
 #endif
+
+// An object in shared memory: SHARED(float[8][32], sums). tests/emulator.cpp watches over those that are declared so.
+template <typename T>
+using Type = T;
 
 template <typename T, typename U>
 constexpr bool SAME = false;

@@ -1,6 +1,7 @@
 // Top-k of the scores and the gather of the kept rows in one launch.
 // grid (images, tiles of SelectTokensParams::rows <= MAX_ROWS output rows); every block of an image repeats the cheap selection
 // (one pass over N scores for each bit of a score) rather than wait for another block.
+#include "device.h"
 #include "score_key.h"
 
 constexpr int MAX_THREADS = 1024;
@@ -12,8 +13,8 @@ __device__ void copy_row(const char *from, char *to, long long units, long long 
 }
 
 extern "C" __global__ void select_tokens(const SelectTokensParams p) {
-  __shared__ unsigned long long scan[MAX_THREADS];  // above << 32 | equal
-  __shared__ long long kept[MAX_ROWS];
+  SHARED(unsigned long long[MAX_THREADS], scan);  // above << 32 | equal
+  SHARED(long long[MAX_ROWS], kept);
   const int tid = threadIdx.x, threads = blockDim.x;
   const long long b = blockIdx.x;
   const char *scores = (const char *)p.scores + b * p.score_batch;

@@ -12,8 +12,8 @@ __device__ void attend(const ShortAttentionParams &p) {
   constexpr int BYTES = WIDTH * sizeof(T);  // the wider a row, the fewer at a time: 48 KB of shared memory everywhere
   constexpr int WARPS = BYTES > 256 ? 2 : 4, ROWS = 16 * WARPS, KEYS = BYTES > 128 ? 16 : 32, STAGES = ARCH >= 800 && BYTES <= 256 ? 2 : 1;
   constexpr int UNIT = 16 / sizeof(T), PITCH = WIDTH + UNIT;
-  __shared__ __align__(16) T keys[STAGES][2][KEYS * PITCH];  // and values
-  __shared__ __align__(16) T queries[ROWS * PITCH];
+  SHARED(T[STAGES][2][KEYS * PITCH], keys);  // and values
+  SHARED(T[ROWS * PITCH], queries);
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4 * 2;
   const int parts = (p.N + ROWS - 1) / ROWS, part = blockIdx.x % parts, head = blockIdx.x / parts % p.H;
   const long long b = blockIdx.x / parts / p.H;

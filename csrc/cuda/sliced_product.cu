@@ -13,7 +13,7 @@ __device__ void product(const SlicedProductParams &p) {
   constexpr int A_ROW = DEPTH + UNIT, B_ROWS = DEPTH_ROWS ? DEPTH : SIZE, B_UNITS = (DEPTH_ROWS ? SIZE : DEPTH) / UNIT, B_ROW = (B_UNITS + 1) * UNIT;
   constexpr int A_TILE = SIZE * A_ROW, B_TILE = B_ROWS * B_ROW, C_ROW = SIZE + 8;
   constexpr int LOADED = STAGES * (A_TILE + B_TILE) * sizeof(T), STORED = 32 * C_ROW * sizeof(float);
-  __shared__ __align__(16) unsigned char memory[LOADED > STORED ? LOADED : STORED];
+  SHARED(unsigned char[(LOADED > STORED ? LOADED : STORED)], memory);
   T *a_tiles = (T *)memory, *b_tiles = a_tiles + STAGES * A_TILE;
   const int tid = threadIdx.x, lane = tid % 32, down = tid / 32 % 2, across = tid / 64;
 
