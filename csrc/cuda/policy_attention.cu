@@ -34,8 +34,9 @@ template <typename T, int WIDTH>
 __device__ void forward(const PolicyAttentionParams &p) {
   using S = Tiles<T, WIDTH, 1>;
   constexpr int STEP = S::STEP, PITCH = S::PITCH, SHARES = (WIDTH / 16 + S::WARPS - 1) / S::WARPS;
-  __shared__ S tiles;
-  __shared__ float kept[2][STEP], mean[WIDTH];  // mean: the values', times eps
+  SHARED(S, tiles);
+  SHARED(float[2][STEP], kept);
+  SHARED(float[WIDTH], mean);  // mean: the values', times eps
   const Place at = place(p, S::ROWS);
   const int tid = threadIdx.x, warp = tid / 32, own = at.own, g = at.g, t = at.t;
   const Rows<T> q = rows_of<T>(p.q, p.q_strides, at), k = rows_of<T>(p.k, p.k_strides, at), v = rows_of<T>(p.v, p.v_strides, at);

@@ -11,8 +11,8 @@ template <typename T, int WIDTH>
 __device__ void query_gradient(const PolicyAttentionParams &p) {
   using S = Tiles<T, WIDTH, 2>;
   constexpr int STEP = S::STEP, PITCH = S::PITCH;
-  __shared__ S tiles;
-  __shared__ float kept[2][STEP];
+  SHARED(S, tiles);
+  SHARED(float[2][STEP], kept);
   const Place at = place(p, S::ROWS);
   const int tid = threadIdx.x, warp = tid / 32, own = at.own, g = at.g, t = at.t;
   const Rows<T> q = rows_of<T>(p.q, p.q_strides, at), k = rows_of<T>(p.k, p.k_strides, at), v = rows_of<T>(p.v, p.v_strides, at);
@@ -130,9 +130,12 @@ template <typename T, int WIDTH>
 __device__ void key_gradient(const PolicyAttentionParams &p) {
   using S = Tiles<T, WIDTH, 2>;
   constexpr int STEP = S::STEP, PITCH = S::PITCH;
-  __shared__ S tiles;
-  __shared__ float peak[2][STEP], inverse[2][STEP], delta[2][STEP], dm[2][STEP];  // of the queries that pass
-  __shared__ int top[2][STEP];
+  SHARED(S, tiles);
+  SHARED(float[2][STEP], peak);  // of the queries that pass
+  SHARED(float[2][STEP], inverse);
+  SHARED(float[2][STEP], delta);
+  SHARED(float[2][STEP], dm);
+  SHARED(int[2][STEP], top);
   const Place at = place(p, S::ROWS);
   const int tid = threadIdx.x, warp = tid / 32, own = at.own, g = at.g, t = at.t;
   const Rows<T> q = rows_of<T>(p.q, p.q_strides, at), k = rows_of<T>(p.k, p.k_strides, at), v = rows_of<T>(p.v, p.v_strides, at);
