@@ -80,7 +80,7 @@ def poison():
 
 @pytest.fixture(scope="session")
 def cuda_library(tmp_path_factory):
-    """(operator, architecture) -> its CUDA kernels as a library that the CPU runs (tests/emulator.cpp), under a driver of ours."""
+    """(source, architecture) -> its CUDA kernels as a library that the CPU runs (tests/emulator.cpp), under a driver of ours."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None or torch.cuda.is_available():
         pytest.skip("no C++ compiler" if compiler is None else "a GPU is here: the real driver is loaded")
@@ -91,11 +91,10 @@ def cuda_library(tmp_path_factory):
     ctypes.CDLL(driver, mode=ctypes.RTLD_GLOBAL)
 
     @functools.cache
-    def library(op: str, arch: int) -> Path:
-        source = ROOT / f"csrc/cuda/{op}.cu"
+    def library(source: Path, arch: int) -> Path:
         params, = set(re.findall(r"\(const (\w+Params) p\)", source.read_text()))
         checks = ["-fsanitize=alignment,signed-integer-overflow,bounds", "-fsanitize-undefined-trap-on-error"]
-        path = folder / f"{op}.{arch}.so"
+        path = folder / f"{source.stem}.{arch}.so"
         subprocess.run([*common, *checks, f"-D__CUDA_ARCH__={arch}0", f"-DPARAMS={params}", f'-DKERNEL="{source}"', "-I", ROOT / "csrc",
                         "-o", path, ROOT / "tests/emulator.cpp"], check=True)
         return path
@@ -108,7 +107,7 @@ def emulate(cuda_library, monkeypatch):
     def start(arch: int) -> None:
         @functools.cache
         def kernel(op: str, name: str):
-            return native._native.load_kernel(str(cuda_library(op, arch)).encode(), name, 0)
+            return native._native.load_kernel(str(cuda_library(ROOT / f"csrc/cuda/{op}.cu", arch)).encode(), name, 0)
 
         def launch(op: str, name: str, grid, threads: int, params, device) -> None:
             if grid[0] and grid[1]:

@@ -1,10 +1,12 @@
 // Runs the kernels of the file KERNEL, which take a PARAMS, as on compute capability __CUDA_ARCH__ / 100: blocks one after the
 // other, each thread a fiber that runs until its next barrier or warp instruction. What a card would do wrong and a CPU would hide
-// shows: memory past the end of shared memory faults, uninitialised shared memory is NaN, an asynchronous copy lands only when waited for,
-// barriers that some threads miss abort. Not covered: the timing of threads (races between barriers), the memory model, registers, speed.
+// shows: memory past the end of an object in shared memory faults, what a block has not written there is NaN, an asynchronous copy lands
+// only when waited for, barriers that some threads miss abort. Not covered: the timing of threads (races between barriers), the memory
+// model, registers, speed.
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <cstdint>
@@ -126,11 +128,29 @@ using std::erf, std::exp, std::exp2, std::fabs, std::fmax, std::fmin, std::sqrt;
 #define __forceinline__ inline
 #define __restrict__
 #define __launch_bounds__(...)
-#define __shared__ static
-#define SHARED(type, name) static Type<type> name
+#define SHARED(type, name) static Shared<Type<type>> memory_of_##name; auto &name = memory_of_##name.object()
 #define __align__(n) __attribute__((aligned(n)))
 #define UNROLL
 #define ROLLED
+
+// A block's object in shared memory, filled anew in each, with its end against a page that faults.
+static unsigned long long blocks_begun;
+template <typename T>
+class Shared {
+  const size_t page = sysconf(_SC_PAGESIZE), bytes = (sizeof(T) + page - 1) / page * page;
+  char *const memory = static_cast<char *>(mmap(nullptr, bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  unsigned long long block = 0;
+
+ public:
+  Shared() {
+    if (memory == MAP_FAILED || mprotect(memory + bytes, page, PROT_NONE)) broken("no memory");
+  }
+  T &object() {
+    if (block != blocks_begun) memset(memory, 0xff, bytes);
+    block = blocks_begun;
+    return *reinterpret_cast<T *>(memory + bytes - (sizeof(T) + 15) / 16 * 16);
+  }
+};
 
 #include "cuda/device.h"
 #include KERNEL
@@ -270,6 +290,7 @@ static bool release(unsigned threads) {
 static void run_block(unsigned threads) {
   static bool started;  // static: a local would be lost in the jump
   static unsigned t;
+  blocks_begun++;
   for (t = 0; t < threads; t++) {
     thread_of[t].state = READY, thread_of[t].exchanges = 0;
     thread_of[t].copies.assign(1, {});
