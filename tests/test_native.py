@@ -162,6 +162,28 @@ def test_cubin_of_cards_that_are_not_built_for(tmp_path, monkeypatch):
     assert native.cubin_path("op", (8, 9)).name == "op.sm86.cubin"  # never 87's
 
 
+def test_cubin_that_the_driver_refuses(tmp_path, monkeypatch):
+    """What NVRTC makes serves instead; without one the driver's own error comes through."""
+    (tmp_path / "op.sm80.cubin").write_bytes(b"cubin")
+
+    class Driver:
+        @staticmethod
+        def load_kernel(image, name, index):
+            if image == b"cubin":
+                raise RuntimeError("f: no kernel image is available")
+            return image, name, index
+    monkeypatch.setattr(native, "_native", Driver)
+    monkeypatch.setattr(native, "_cubin_folder", lambda: tmp_path)
+    monkeypatch.setattr(native, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(nvrtc, "target", lambda capability: "sm_80")
+    monkeypatch.setattr(nvrtc, "compiled", lambda op, arch: f"{op} {arch}".encode())
+    monkeypatch.setattr(nvrtc, "library", object)
+    assert native.kernel.__wrapped__("op", "f", 1) == (b"op sm_80", "f", 1)
+    monkeypatch.setattr(nvrtc, "library", lambda: None)
+    with pytest.raises(RuntimeError, match="^f: no kernel image is available$"):
+        native.kernel.__wrapped__("op", "f", 1)
+
+
 def test_reasons(monkeypatch):
     assert native.reason_cpp(CUDA) == "runs on the CPU, not on cuda"
     monkeypatch.setattr(native, "_missing", "no compiler")
