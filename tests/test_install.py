@@ -16,10 +16,11 @@ NEEDED = {"vitprune/__init__.py", "vitprune/ops/select_tokens.py", "vitprune/ker
           "vitprune/csrc/params.h", "vitprune/csrc/cuda/select_tokens.cu"}
 NO_COMPILER = {"CXX": "/bin/false"}
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+ONE_ARCH = {"VITPRUNE_CUDA_ARCHS": "80"} if NVCC else {}
 
 
 def run(*command, cwd=None, **environment):
-    clean = {k: v for k, v in os.environ.items() if k not in ("VITPRUNE_REQUIRE_NATIVE", "PYTHONPATH", "CUDA_HOME")}
+    clean = {k: v for k, v in os.environ.items() if k not in ("VITPRUNE_REQUIRE_NATIVE", "VITPRUNE_CUDA_ARCHS", "PYTHONPATH", "CUDA_HOME")}
     return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=cwd, env=clean | environment)
 
 
@@ -84,7 +85,7 @@ def report(python: Path, folder: Path, **variables) -> str:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_wheel_is_built_installed_and_used(tmp_path):
-    names = wheel(tmp_path, VITPRUNE_REQUIRE_NATIVE="cpu", VITPRUNE_CUDA_ARCHS="80")
+    names = wheel(tmp_path, VITPRUNE_REQUIRE_NATIVE="cpu", **ONE_ARCH)
     assert names >= NEEDED
     assert has(names, ".so")
     assert cubins(names) == (each_cubin(80) if NVCC else set())
@@ -135,7 +136,7 @@ def test_versions(tmp_path, version, packages):
     """Whole installations, with another CUDA than nvcc's in torch 2.10; NVRTC compiles where cubins and nvcc are hidden."""
     run(interpreter(version), "-m", "venv", tmp_path / "env").check_returncode()
     python = tmp_path / "env/bin/python"
-    done = run(python, "-m", "pip", "install", ROOT, *packages, VITPRUNE_REQUIRE_NATIVE="cpu", VITPRUNE_CUDA_ARCHS="80")
+    done = run(python, "-m", "pip", "install", ROOT, *packages, VITPRUNE_REQUIRE_NATIVE="cpu", **ONE_ARCH)
     assert done.returncode == 0, done.stderr
     done = run(python, "-c", EXERCISE, cwd=tmp_path, PATH="/usr/bin:/bin", VITPRUNE_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
@@ -158,18 +159,20 @@ class TestBuild:
         assert has(names, ".so")
         assert not has(names, ".cubin")
 
-    @pytest.mark.parametrize("script", ["exit 1", '[ "$1" = --list-gpu-code ] && echo sm_80'])
-    def test_required_cuda_fails_without(self, tmp_path, script):
-        assert wheel(tmp_path, VITPRUNE_REQUIRE_NATIVE="cuda", **fake_cuda_home(tmp_path, script)) is None
+    @pytest.mark.parametrize("asked", [{"VITPRUNE_REQUIRE_NATIVE": "cuda"}, {"VITPRUNE_CUDA_ARCHS": "80"}], ids=["cuda", "80"])
+    @pytest.mark.parametrize("script", ["exit 1", '[ "$1" = --list-gpu-code ] && echo sm_80'], ids=["none that runs", "fails"])
+    def test_required_cuda_fails_without(self, tmp_path, script, asked):
+        assert wheel(tmp_path, **asked, **fake_cuda_home(tmp_path, script)) is None
 
     @pytest.mark.parametrize("plan, asked, archs", [
         (("860,900", ""), {}, (86, 90)), (("750", "nvcc warning : Cannot find valid GPU for 'native'"), {}, (80, 86, 90)),
-        (("860", ""), {"VITPRUNE_CUDA_ARCHS": "all"}, (80, 86, 90)), (("860", ""), {"VITPRUNE_CUDA_ARCHS": "80;90"}, (80, 90))])
+        (("860", ""), {"VITPRUNE_CUDA_ARCHS": "all"}, (80, 86, 90)), (("860", ""), {"VITPRUNE_CUDA_ARCHS": "80;90"}, (80, 90)),
+        (("860", ""), {"VITPRUNE_CUDA_ARCHS": "off", "VITPRUNE_REQUIRE_NATIVE": "0"}, (86,))])
     def test_architectures(self, tmp_path, plan, asked, archs):
-        """Those of the cards present, else all; or what is asked for."""
+        """Those of the cards present, else all; or what is asked for. What says no asks for nothing."""
         assert cubins(wheel(tmp_path, **fake_cuda_home(tmp_path, SEES % plan), **asked)) == each_cubin(*archs)
 
-    @pytest.mark.parametrize("asked", ["8.0", "sm_80", "61", "80;x", "al"])
+    @pytest.mark.parametrize("asked", ["8.0", "sm_80", "61", "80;x", "al", "90a"])
     def test_architectures_that_are_none_fail(self, tmp_path, asked):
         """Also those that nvcc does not know; nothing but CUDA kernels would tell that they are missing."""
         done = pip_wheel(tmp_path, **fake_cuda_home(tmp_path, SEES % ("860", "")), VITPRUNE_CUDA_ARCHS=asked)
