@@ -1,6 +1,7 @@
 """What an install consists of, with and without compilers. The long tests build in isolation and need a package index."""
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from kernel_checks import CPP
 
 ROOT = Path(__file__).parents[1]
 NEEDED = {"vitprune/__init__.py", "vitprune/ops/select_tokens.py", "vitprune/kernels/select_tokens.py",
@@ -112,9 +114,22 @@ def interpreter(version: str) -> Path:
     pytest.skip(f"no Python {version}")
 
 
+@CPP
+@pytest.mark.parametrize("hidden", [False, True])
+def test_wheels_are_tested_for_their_extension(hidden):
+    """cibuildwheel's command, in which nothing else would tell that the extension does not load."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    python, option, code = shlex.split(tool["cibuildwheel"]["test-command"])
+    assert (python, option) == ("python", "-c")
+    done = run(sys.executable, "-c", f"import sys; sys.modules['vitprune._native'] = None; {code}" if hidden else code)
+    assert (done.returncode != 0) == hidden and ("the C++ extension is not installed" in done.stderr) == hidden, done.stderr
+
+
 EXERCISE = """
 import tempfile, timm, torch, vitprune
-from vitprune import nvrtc
+from vitprune import native, nvrtc
+assert (reason := native.reason_cpp(torch.device("cpu"))) is None, reason
 torch.manual_seed(0)
 model = timm.create_model("deit_tiny_patch16_224").eval()
 pruned = vitprune.prune(model, tokens=vitprune.TokenPruning(0.7, score="cls_attention"), blocks=vitprune.BlockPruning(0.5, 0.5))
