@@ -310,9 +310,13 @@ def test_a_thousand_calls_from_thirty_two_threads():
     q, policy, qkv = torch.randn(2, 2, 33, 16), torch.rand(2, 33), torch.randn(2, 33, 96)
     x, scores = torch.randn(2, 33, 8), torch.rand(2, 32)
 
-    def call(_):
-        with backend("cpp"), torch.no_grad():
-            return policy_attention(q, q, q, policy), short_attention(qkv, num_heads=2), select_tokens(x, scores, 9)[0]
+    def call(i):
+        leaf = q.clone().requires_grad_(i % 4 == 0)
+        with backend("cpp"):
+            out = policy_attention(leaf, leaf, leaf, policy)
+            gradient = torch.autograd.grad(out.square().sum(), leaf) if leaf.requires_grad else ()
+            with torch.no_grad():
+                return out.detach(), short_attention(qkv, num_heads=2), select_tokens(x, scores, 9)[0], *gradient
     expected = call(0)
     with ThreadPoolExecutor(32) as pool:
         for got in pool.map(call, range(1000)):
