@@ -51,14 +51,15 @@ void expect(const char *what, const Width &width, double got, double truth, doub
   if (failures++ < 10) std::printf("%s at %s: %g instead of %g\n", what, width.name, got, truth);
 }
 
-// The weights of query i over n keys, before the division, and their sum.
-Row weights(const float *q, const float *k, long long step, int i, int n, int D, double scale, const float *policy, double *sum) {
+// The weights of query i over n keys, before the division, and their sum; top_key: of the highest score.
+Row weights(const float *q, const float *k, long long step, int i, int n, int D, double scale, const float *policy, double *sum,
+            int *top_key = nullptr) {
   Row e(n);
-  double top = -INFINITY;
-  for (int j = 0; j < n; j++) {
+  for (int j = 0; j < n; j++)
     for (int d = 0; d < D; d++) e[j] += scale * q[i * step + d] * k[j * step + d];
-    top = std::max(top, e[j]);
-  }
+  const auto highest = std::max_element(e.begin(), e.end());
+  const double top = *highest;
+  if (top_key) *top_key = highest - e.begin();
   *sum = 0;
   for (int j = 0; j < n; j++) *sum += e[j] = std::exp(e[j] - top) * (policy && j != i ? policy[j] : 1);
   return e;
@@ -83,9 +84,10 @@ void policy(const Width &width, int B, int H, int N, int D) {
       const long long at = ((long long)b * H + h) * N * D;
       Row dq_(N * D), dk_(N * D), dv_(N * D), dp_(N);
       for (int i = 0; i < N; i++) {
-        double sum, delta = 0;
-        const Row e = weights(q.get() + at, k.get() + at, D, i, N, D, a.scale, p.get() + b * N, &sum);
-        Row o(D), da(N);
+        double sum, delta = 0, of_top = 0;
+        int top;
+        const Row e = weights(q.get() + at, k.get() + at, D, i, N, D, a.scale, p.get() + b * N, &sum, &top);
+        Row o(D), da(N), ds(N);
         for (int j = 0; j < N; j++) {
           const double w = (e[j] + a.eps / N) / (sum + a.eps);
           for (int d = 0; d < D; d++) {
@@ -99,10 +101,13 @@ void policy(const Width &width, int B, int H, int N, int D) {
           delta += o[d] * up[at + i * D + d];
         }
         for (int j = 0; j < N; j++) {
-          const double de = (da[j] - delta) / (sum + a.eps), ds = de * e[j] * a.scale, weight = j == i ? 1 : p[b * N + j];
+          const double de = (da[j] - delta) / (sum + a.eps), weight = j == i ? 1 : p[b * N + j];
+          ds[j] = de * e[j] * a.scale, of_top -= ds[j];  // it is subtracted from every score
           if (j != i && weight > 0) dp_[j] += de * e[j] / weight;
-          for (int d = 0; d < D; d++) dq_[i * D + d] += ds * k[at + j * D + d], dk_[j * D + d] += ds * q[at + i * D + d];
         }
+        ds[top] += of_top;
+        for (int j = 0; j < N; j++)
+          for (int d = 0; d < D; d++) dq_[i * D + d] += ds[j] * k[at + j * D + d], dk_[j * D + d] += ds[j] * q[at + i * D + d];
       }
       for (int i = 0; i < N * D; i++) {
         expect("gradient of q", width, dq[at + i], dq_[i]);

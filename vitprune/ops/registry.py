@@ -254,8 +254,8 @@ def on_device(op: str, of: str, device: torch.device, **tensors: Tensor | None) 
 
 
 def is_int(value) -> bool:
-    """Whether that is an integer, a symbolic one of a graph too; True is none."""
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    """Whether that is an integer, also one of a graph that is being traced; True is none."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) or isinstance(value, Tensor) and torch.jit.is_tracing()
 
 
 def values(t: Tensor) -> list | None:
