@@ -30,7 +30,7 @@ __device__ void query_gradient(const PolicyAttentionParams &p) {
   if (tid < STEP) kept[0][tid] = kept_of(tid);
   const float scale = p.scale * LOG2E;
   const bool active = own < p.N;
-  float acc[WIDTH / 8][4] = {}, peak[2] = {}, inverse[2] = {}, delta[2] = {};
+  float peak[2] = {}, inverse[2] = {}, delta[2] = {};
   UNROLL for (int r = 0; r < 2; r++) {
     const int row = own + g + 8 * r;
     if (row < p.N) {
@@ -48,6 +48,58 @@ __device__ void query_gradient(const PolicyAttentionParams &p) {
   }
   Left<S, WIDTH, T> queries, ups;
   queries.rows = tiles.own[0] + warp * 16 * PITCH, ups.rows = tiles.own[1] + warp * 16 * PITCH;
+
+  // Where dropped keys alone are near a row's maximum, eps is much of its sum and the maximum has a gradient, all at one key's score.
+  float dm[2] = {};
+  int top[2] = {-1, -1};
+  auto felt = [&](int r) { return own + g + 8 * r < p.N && p.eps * inverse[r] > FELT<T>; };
+  if (__syncthreads_or(felt(0) || felt(1))) {
+    float best[2] = {-infinity(), -infinity()}, mean[2];  // mean: of a row's weights
+    UNROLL for (int r = 0; r < 2; r++) mean[r] = (1 / inverse[r] - p.eps) / p.N;
+    for (int start = 0; start < p.N; start += STEP) {
+      if (start > 0) fetch_keys(start, 0);
+      if (start > 0 && tid < STEP) kept[0][tid] = kept_of(start + tid);
+      copies_wait<0>();
+      __syncthreads();
+      if (start == 0) hold(queries), hold(ups);
+      for (int j = 0; active && j < STEP && start + j < p.N; j += 16) {
+        float s[2][4] = {}, da[2][4] = {};
+        add_scores(s, queries, tiles.passing[0][0] + j * PITCH);
+        add_scores(da, ups, tiles.passing[0][1] + j * PITCH);
+        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) {
+          const int column = j + i * 8 + t + e % 2, key = start + column, r = e / 2;
+          const float x = key < p.N ? s[i][e] * scale : -infinity(), share = key == own + g + 8 * r ? 1 : kept[0][column];
+          if (x > best[r]) best[r] = x, top[r] = key;
+          dm[r] += da[i][e] * (mean[r] - exp2_approximate(x - peak[r]) * share);
+        }
+      }
+      __syncthreads();
+    }
+    fetch_keys(0, 0);
+    if (tid < STEP) kept[0][tid] = kept_of(tid);
+    UNROLL for (int r = 0; r < 2; r++) {
+      UNROLL for (int lane = 1; lane < 4; lane *= 2) {
+        const float x = __shfl_xor_sync(0xffffffffu, best[r], lane);
+        const int key = __shfl_xor_sync(0xffffffffu, top[r], lane);
+        if (x > best[r] || (x == best[r] && key < top[r])) best[r] = x, top[r] = key;
+      }
+      dm[r] = row_sum(dm[r]) * p.eps * inverse[r] * inverse[r];
+      if (!felt(r)) top[r] = -1;
+    }
+  }
+  float acc[WIDTH / 8][4] = {};
+  UNROLL for (int r = 0; r < 2; r++) {
+    const int row = own + g + 8 * r;
+    if (row < p.N && t == 0) p.dm[at.head + row] = dm[r], p.top[at.head + row] = top[r];
+    if (top[r] < 0) continue;
+    UNROLL for (int i = 0; i < WIDTH / 8; i++) {
+      if (i * 8 >= p.D) continue;
+      float x[2];
+      load_values(x, k.data + top[r] * k.stride + i * 8 + t);
+      acc[i][2 * r] = dm[r] * x[0], acc[i][2 * r + 1] = dm[r] * x[1];
+    }
+  }
+
   for (int start = 0, turn = 0; start < p.N; start += STEP, turn ^= 1) {
     const int stage = S::STAGES == 2 ? turn : 0;
     if constexpr (S::STAGES == 2) fetch_keys(start + STEP, stage ^ 1);
@@ -73,53 +125,9 @@ __device__ void query_gradient(const PolicyAttentionParams &p) {
     if constexpr (S::STAGES == 1) fetch_keys(start + STEP, 0);
   }
 
-  // Where dropped keys alone are near a row's maximum, eps is much of its sum and the maximum has a gradient, all at one key's score.
-  float dm[2] = {};
-  int top[2] = {-1, -1};
-  auto felt = [&](int r) { return own + g + 8 * r < p.N && p.eps * inverse[r] > FELT<T>; };
-  if (__syncthreads_or(felt(0) || felt(1))) {
-    float best[2] = {-infinity(), -infinity()}, mean[2];  // mean: of a row's weights
-    UNROLL for (int r = 0; r < 2; r++) mean[r] = (1 / inverse[r] - p.eps) / p.N;
-    for (int start = 0; start < p.N; start += STEP) {
-      fetch_keys(start, 0);
-      if (tid < STEP) kept[0][tid] = kept_of(start + tid);
-      copies_wait<0>();
-      __syncthreads();
-      for (int j = 0; active && j < STEP && start + j < p.N; j += 16) {
-        float s[2][4] = {}, da[2][4] = {};
-        add_scores(s, queries, tiles.passing[0][0] + j * PITCH);
-        add_scores(da, ups, tiles.passing[0][1] + j * PITCH);
-        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) {
-          const int column = j + i * 8 + t + e % 2, key = start + column, r = e / 2;
-          const float x = key < p.N ? s[i][e] * scale : -infinity(), share = key == own + g + 8 * r ? 1 : kept[0][column];
-          if (x > best[r]) best[r] = x, top[r] = key;
-          dm[r] += da[i][e] * (mean[r] - exp2_approximate(x - peak[r]) * share);
-        }
-      }
-      __syncthreads();
-    }
-    UNROLL for (int r = 0; r < 2; r++) {
-      UNROLL for (int lane = 1; lane < 4; lane *= 2) {
-        const float x = __shfl_xor_sync(0xffffffffu, best[r], lane);
-        const int key = __shfl_xor_sync(0xffffffffu, top[r], lane);
-        if (x > best[r] || (x == best[r] && key < top[r])) best[r] = x, top[r] = key;
-      }
-      dm[r] = row_sum(dm[r]) * p.eps * inverse[r] * inverse[r];
-      if (!felt(r)) top[r] = -1;
-      if (top[r] < 0) continue;
-      UNROLL for (int i = 0; i < WIDTH / 8; i++) {
-        if (i * 8 >= p.D) continue;
-        float x[2];
-        load_values(x, k.data + top[r] * k.stride + i * 8 + t);
-        acc[i][2 * r] += dm[r] * x[0], acc[i][2 * r + 1] += dm[r] * x[1];
-      }
-    }
-  }
-
   UNROLL for (int r = 0; r < 2; r++) {
     const int row = own + g + 8 * r;
     if (row >= p.N) continue;
-    if (t == 0) p.dm[at.head + row] = dm[r], p.top[at.head + row] = top[r];
     T *dq = (T *)p.dq + (at.head + row) * p.D + t;
     UNROLL for (int i = 0; i < WIDTH / 8; i++)
       if (i * 8 < p.D) store_pair(dq + i * 8, acc[i][2 * r] * p.scale, acc[i][2 * r + 1] * p.scale);
