@@ -166,7 +166,7 @@ def test_triton_is_registered(device):
         (x, w, b), live, _ = tensors_of(case | {"side": side}, device)
         check_operator(torch.ops.vitprune.sliced_linear.default, [t.requires_grad_() for t in (x, w, b)] + [live, side, 16, "triton"])
     with pytest.raises(RuntimeError, match="no kernel for blocks of width 8: a multiple of 16 is needed"), ops.backend("triton"):
-        ops.sliced_linear(x[..., :8], w[:, :8], b, live[:1], side="in", width=8)
+        ops.sliced_linear(x[..., :8], w[:, :8], b, live[1:], side="in", width=8)
     with pytest.raises(ValueError, match="sliced_linear: w must be torch.float32 as x, got torch.float16"), ops.backend("triton"):
         ops.sliced_linear(x, w.half(), b, live, side="in", width=16)
 

@@ -131,7 +131,7 @@ def test_triton_is_registered(device):
     (x, w1, b1, w2, b2, r), live, up = tensors_of(case, device)
     args = [t.requires_grad_() for t in (x, w1, b1, w2, b2)] + [live, r.requires_grad_(), 16, "triton"]
     check_operator(torch.ops.vitprune.sliced_mlp.default, args)
-    with ops.backend("triton"), pytest.raises(ValueError, match="sliced_mlp: w must be torch.float32 as x, got torch.float16"):
+    with ops.backend("triton"), pytest.raises(ValueError, match="sliced_mlp: w2 must be torch.float32 as x, got torch.float16"):
         ops.sliced_mlp(x, w1, b1, w2.half(), b2, live, width=16)
 
 
