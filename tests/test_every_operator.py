@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from kernel_checks import DEVICES, INTERPRETED
+from kernel_checks import CPP, DEVICES, INTERPRETED
 from oracles import within_twice_unless_lucky
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -79,7 +79,7 @@ def test_autocast(case, name, device):
             within_twice_unless_lucky(got if got.dtype == torch.bfloat16 else got.bfloat16(), plain, c)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+@CPP
 def test_who_watches_sees_the_operator():
     """Eager calls go past PyTorch's dispatcher, but not past a profiler or a mode."""
     function, args, _ = prepared("select_tokens", SMALL, "cpu")
@@ -93,7 +93,7 @@ def test_who_watches_sees_the_operator():
 
 
 @pytest.mark.parametrize("watched", [False, True])
-@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+@CPP
 def test_a_second_derivative_is_refused_by_name(watched):
     function, args, ups = prepared("policy_attention", SMALL, "cpu")
     x, policy = (a.requires_grad_() for a in args)
@@ -115,7 +115,7 @@ def defaults():
 
 @pytest.mark.parametrize("which, value", [(0, torch.float64), (0, torch.bfloat16), (1, "meta")])
 @pytest.mark.parametrize("case", IN_CPP)
-@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+@CPP
 def test_defaults_of_torch_change_nothing(case, which, value, defaults):
     function, args, ups = prepared(case, SMALL, "cpu")
     with forced(case, "cpp", "cpu"), torch.set_grad_enabled("short" not in case):
@@ -127,7 +127,7 @@ def test_defaults_of_torch_change_nothing(case, which, value, defaults):
 
 
 @pytest.mark.parametrize("case", [c for c in IN_CPP if "attention" in c])
-@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+@CPP
 def test_a_dtype_that_autocast_brings_is_refused_as_any(case):
     function, args, _ = prepared(case, SMALL, "cpu")
     with torch.autocast("cpu", torch.float16), torch.no_grad():
@@ -137,7 +137,7 @@ def test_a_dtype_that_autocast_brings_is_refused_as_any(case):
 
 
 @pytest.mark.parametrize("case", IN_CPP)
-@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+@CPP
 def test_forward_mode_is_right_or_refused(case):
     """Kernels know no tangents: the reference serves, and a kernel that is forced says so."""
     function, args, _ = prepared(case, SMALL, "cpu")
@@ -154,7 +154,7 @@ def test_forward_mode_is_right_or_refused(case):
             of(dual)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="a C++ kernel serves")
+@CPP
 def test_a_sign_that_is_only_noted_counts():
     function, (x, scores), _ = prepared("select_tokens", SMALL, "cpu")
     with forced("select_tokens", "cpp", "cpu"):
