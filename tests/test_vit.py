@@ -304,3 +304,31 @@ def test_mid_training_evaluation_keeps_working():
         a, b = model.trace_tokens(image), model.trace_tokens(image)
     assert not torch.equal(a[0], b[0])
     assert model.train()(image, details=True).decisions == () and vitprune.PrunedViT is type(model)
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"dynamic_img_pad": True, "dynamic_img_size": True}])
+def test_patches_by_a_product(options):
+    """The patch embedding of a pruned model is timm's convolution, and so is its gradient."""
+    torch.manual_seed(0)
+    dense = VisionTransformer(img_size=32, patch_size=(8, 4), embed_dim=48, depth=1, num_heads=3, **options).double().eval()
+    pruned = prune(dense, blocks=BlockPruning())
+    sizes = [(32, 32), (48, 20), (30, 35)] if "dynamic_img_pad" in options else [(32, 32), (48, 20)] if options else [(32, 32)]
+    for size in sizes:
+        images = torch.randn(2, 3, *size, dtype=torch.float64)
+        for x in (images, images.to(memory_format=torch.channels_last)):
+            results = []
+            for embed in (dense.patch_embed, pruned.patch_embed):
+                y = embed(x.requires_grad_())
+                results.append((y, *torch.autograd.grad(y.square().sum(), (x, embed.proj.weight, embed.proj.bias))))
+            for theirs, ours in zip(*results):
+                torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    if not options:
+        with pytest.raises(AssertionError, match="Input height"):
+            pruned.patch_embed(torch.zeros(2, 3, 40, 32, dtype=torch.float64))
+
+
+def test_overlapping_patches_stay_a_convolution():
+    dense = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3).eval()
+    dense.patch_embed.proj = nn.Conv2d(3, 48, 12, stride=8, padding=2)
+    pruned, images = prune(dense, blocks=BlockPruning()), torch.randn(2, 3, 32, 32)
+    assert torch.equal(pruned.patch_embed(images), dense.patch_embed(images))

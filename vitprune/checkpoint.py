@@ -12,13 +12,12 @@ import timm.layers
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.layers import PatchEmbed
 from timm.layers.activations import GELU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .layers import adopt, compact_block
+from .layers import PatchProduct, adopt, compact_block
 from .resume import sync
 from .tokens import TokenPruning
 from .vit import PrunedDistilledViT, PrunedViT
@@ -116,7 +115,7 @@ def check_state(model: nn.Module, state: dict[str, torch.Tensor], where: str) ->
 def _describe(model: PrunedViT) -> dict:
     """What `_rebuild` needs. timm models do not keep their constructor's arguments, so they are read off the modules."""
     embed, blocks, tokens = model.patch_embed, list(model.blocks), model.tokens
-    if type(embed) is not PatchEmbed:
+    if type(embed) is not PatchProduct:
         raise ValueError(f"save: patch_embed must be timm's PatchEmbed, got {type(embed).__qualname__}")
     first, last, C = blocks[0], blocks[-1], model.embed_dim
     widest = max(1, *(b.mlp.fc1.out_features for b in blocks))

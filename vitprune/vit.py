@@ -4,6 +4,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from timm.layers import PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import learned, ops
 from .blocks import BlockPruning
-from .layers import PrunedAttention, PrunedBlock, PrunedMlp, adopt, compact_block
+from .layers import PatchProduct, PrunedAttention, PrunedBlock, PrunedMlp, adopt, compact_block
 from .tokens import TokenPredictor, TokenPruning, sample_policy
 
 
@@ -44,6 +45,8 @@ class _Pruned:
     def _prepare(self) -> None:
         self.blocks = nn.Sequential(*(b if isinstance(b, PrunedBlock) else adopt(PrunedBlock, b) for b in self.blocks))
         self.blocks.training = self.training
+        if type(self.patch_embed) is PatchEmbed:
+            self.patch_embed = adopt(PatchProduct, self.patch_embed)
 
     def _set_tokens(self, tokens: TokenPruning) -> None:
         tokens.counts(self.patch_embed.num_patches, self.num_prefix_tokens)
