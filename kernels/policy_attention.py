@@ -13,6 +13,7 @@ OP = "policy_attention"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDTHS = range(16, 129, 16)
 LOG2E = tl.constexpr(math.log2(math.e))
+LIFT = tl.constexpr(10)  # weights are 2^LIFT as large on the way: no subnormals in float16 where they count beside eps
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -55,84 +56,122 @@ def split(pid, N, H, SIZE: tl.constexpr):
     return (bh // H).to(tl.int64), (bh % H).to(tl.int64), (pid % tiles) * SIZE
 
 
+@triton.jit
+def scale_of(scale):
+    """The positive factor that takes scores to units of log 2, and the sign that queries take instead; never zero: -inf stays."""
+    return tl.maximum(tl.abs(scale), 1e-30) * LOG2E, tl.where(scale < 0, -1.0, 1.0)
+
+
+@triton.jit
+def felt(total, eps, WIDE: tl.constexpr):
+    """Whether eps is more of a row's sum than its output shows."""
+    FELT: tl.constexpr = 2.0 ** -20 if WIDE else 2.0 ** -14
+    return eps > FELT * (total + eps)
+
+
+@triton.jit
+def attend(
+    query, k, v, policy, peak, total, mixed, acc, b, h, start, N, factor,
+    k_batch, k_head, k_row, k_channel, v_batch, v_head, v_row, v_channel, p_batch, p_row,
+    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr, LAST: tl.constexpr,
+):
+    """A step of `forward_kernel`: SIZE keys from `start` on, of which some may lie past the LAST; the diagonal as if it were not one."""
+    col = start + tl.arange(0, SIZE)
+    kept = tl.load(policy + b * p_batch + col.to(tl.int64) * p_row, mask=col < N, other=0.0).to(tl.float32)
+    key = rows_of(k, b, h, col, N, k_batch, k_head, k_row, k_channel, D, WIDTH)
+    value = rows_of(v, b, h, col, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
+    if not EPS:
+        key, value = finite(key, kept), finite(value, kept)
+    s = dot(query, tl.trans(key), None)
+    if not EPS:
+        s = tl.where((kept > 0)[None, :], s, float("-inf"))
+    elif LAST:
+        s = tl.where((col < N)[None, :], s, float("-inf"))
+    higher = tl.maximum(peak, tl.max(s, 1))
+    level = higher * factor - LIFT
+    shrink = tl.exp2(peak * factor - LIFT - level)
+    e = tl.exp2(s * factor - level[:, None]) * kept[None, :]
+    rounded = e.to(value.dtype)
+    total = total * shrink + tl.sum(e, 1)
+    mixed = mixed * shrink + tl.sum(rounded.to(tl.float32), 1)
+    return higher, total, mixed, dot(rounded, value, acc * shrink[:, None])
+
+
 @triton.jit(do_not_specialize=["N", "H"])
 def forward_kernel(
     q, k, v, policy, out, m, z, N, H, scale, eps,
     q_batch, q_head, q_row, q_channel, k_batch, k_head, k_row, k_channel, v_batch, v_head, v_row, v_channel, p_batch, p_row,
-    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):
-    """grid (B * H * tiles of QUERIES rows); out [B, N, H, D], m (in units of log 2) and z [B, H, N]."""
+    """grid (B * H * tiles of QUERIES rows), each over every key, KEYS at a time and TAIL at the end; out [B, N, H, D], m (in units of
+    log 2) and z [B, H, N]."""
     b, h, first = split(tl.program_id(0), N, H, QUERIES)
     row = first + tl.arange(0, QUERIES)
+    factor, sign = scale_of(scale)
     query = rows_of(q, b, h, row, N, q_batch, q_head, q_row, q_channel, D, WIDTH)
-    peak = tl.full((QUERIES,), float("-inf"), tl.float32)
-    if not EPS:  # a token's own score is taken from what it is, even where others must not see it
-        mine = rows_of(k, b, h, row, N, k_batch, k_head, k_row, k_channel, D, WIDTH)
-        own = tl.sum(query.to(tl.float32) * mine.to(tl.float32), 1) * (scale * LOG2E)
-        peak = own
+    query = (query.to(tl.float32) * sign).to(query.dtype)
+    mine = rows_of(k, b, h, row, N, k_batch, k_head, k_row, k_channel, D, WIDTH)
+    own = tl.sum(query.to(tl.float32) * mine.to(tl.float32), 1)
+    peak = tl.full((QUERIES,), float("-inf"), tl.float32) if EPS else own
     total = tl.zeros((QUERIES,), tl.float32)
     mixed = tl.zeros((QUERIES,), tl.float32)  # the sum of the weights as they enter the product, rounded: what the output is divided by
     acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-    values = tl.zeros((WIDTH,), tl.float32)
-    for start in range(0, N, KEYS):
-        col = start + tl.arange(0, KEYS)
-        kept = tl.load(policy + b * p_batch + col.to(tl.int64) * p_row, mask=col < N, other=0.0).to(tl.float32)
-        key = rows_of(k, b, h, col, N, k_batch, k_head, k_row, k_channel, D, WIDTH)
-        value = rows_of(v, b, h, col, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
-        diagonal = row[:, None] == col[None, :]
-        if not EPS:
-            key, value = finite(key, kept), finite(value, kept)
-        s = dot(query, tl.trans(key), None) * (scale * LOG2E)
-        weight = tl.where(diagonal, 1.0, kept[None, :])
-        if EPS:
-            s = tl.where((col < N)[None, :], s, float("-inf"))
-            values += tl.sum(value.to(tl.float32), 0)
-        else:
-            s = tl.where(diagonal, own[:, None], tl.where((kept > 0)[None, :], s, float("-inf")))
-        higher = tl.maximum(peak, tl.max(s, 1))
-        shrink = tl.exp2(peak - higher)
-        e = tl.exp2(s - higher[:, None]) * weight
-        rounded = e.to(value.dtype)
-        total = total * shrink + tl.sum(e, 1)
-        mixed = mixed * shrink + tl.sum(rounded.to(tl.float32), 1)
-        acc = dot(rounded, value, acc * shrink[:, None])
-        peak = higher
+    full = N // KEYS * KEYS
+    for start in range(0, full, KEYS):
+        peak, total, mixed, acc = attend(
+            query, k, v, policy, peak, total, mixed, acc, b, h, start, N, factor, k_batch, k_head, k_row, k_channel,
+            v_batch, v_head, v_row, v_channel, p_batch, p_row, D, WIDTH, EPS, KEYS, False)
+    if TAIL > 0:
+        peak, total, mixed, acc = attend(
+            query, k, v, policy, peak, total, mixed, acc, b, h, full, N, factor, k_batch, k_head, k_row, k_channel,
+            v_batch, v_head, v_row, v_channel, p_batch, p_row, D, WIDTH, EPS, TAIL, True)
+    kept = tl.load(policy + b * p_batch + row.to(tl.int64) * p_row, mask=row < N, other=1.0).to(tl.float32)
+    mine = rows_of(v, b, h, row, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
+    missing = tl.exp2((own - peak) * factor + LIFT) * (1.0 - kept)  # a token sees itself whole, whatever the others see of it
+    total += missing
+    acc += tl.where((missing != 0)[:, None], missing[:, None] * mine.to(tl.float32), 0.0)
+    z_tile = total * 2.0 ** -LIFT
     if EPS:
-        acc += (eps / N) * values[None, :]
-        acc /= (mixed + eps)[:, None]
-    else:
-        mine = rows_of(v, b, h, row, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
-        kept = tl.load(policy + b * p_batch + row.to(tl.int64) * p_row, mask=row < N, other=1.0).to(tl.float32)
-        hidden = mine.to(tl.float32) - finite(mine, kept).to(tl.float32)  # 0 but where the sum left something out
-        bad = (kept <= 0)[:, None] & ((tl.abs(mine.to(tl.float32)) < float("inf")) == 0)
-        acc = (acc + tl.where(bad, tl.exp2(own - peak)[:, None] * hidden, 0.0)) / mixed[:, None]
-    keep_rows(out, acc, b * N * H * D + h * D, row, N, H * D, D, WIDTH)
+        if tl.max(felt(z_tile, eps, query.dtype == tl.float32).to(tl.int32), 0) > 0:
+            values = tl.zeros((WIDTH,), tl.float32)
+            for start in range(0, N, KEYS):
+                value = rows_of(v, b, h, start + tl.arange(0, KEYS), N, v_batch, v_head, v_row, v_channel, D, WIDTH)
+                values += tl.sum(value.to(tl.float32), 0)
+            acc += (eps / N * 2.0 ** LIFT) * values[None, :]
+    keep_rows(out, acc / (mixed + missing + eps * 2.0 ** LIFT)[:, None], b * N * H * D + h * D, row, N, H * D, D, WIDTH)
     at = (b * H + h) * N + row
-    tl.store(m + at, peak, mask=row < N)
-    tl.store(z + at, total, mask=row < N)
+    tl.store(m + at, peak * factor, mask=row < N)
+    tl.store(z + at, z_tile, mask=row < N)
+
+
+def tail(N: int, step: int) -> int:
+    """The keys that the last step takes where N is no multiple of `step`: the power of two that holds the rest, 16 at least."""
+    return max(16, triton.next_power_of_2(N % step)) if N % step else 0
+
+
+PASSES = ("", "dq_", "dk_")  # forward, gradient of queries, gradient of keys: each has tiles, warps and loads in flight of its own
+NAMES = ("queries", "keys", "num_warps", "num_stages")
 
 
 def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
-    """Tiles and warps of the forward pass, and of both kernels of the backward pass; loads in flight of either: what spills nowhere."""
+    """Tiles, warps and loads in flight of each pass: what spills nowhere."""
     wide, narrow = shape["D"] > 64, shape["D"] <= 32
     if arch < 80 or (dtype == torch.float32 and wide):
-        forward = backward = 16, 16, 8
+        each = ((16, 16, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1))
     elif dtype == torch.float32:
-        forward, backward = ((32, 16, 4),) * 2 if narrow else ((32, 32, 8), (32, 16, 8))
+        each = ((32, 16, 4, 3),) * 3 if narrow else ((32, 32, 8, 3), (32, 16, 8, 3), (32, 16, 8, 3))
     else:
-        forward, backward = (64, 32, 8), (32, 32 if wide or narrow else 64, 4)
-    names = ("queries", "keys", "num_warps", "backward_queries", "backward_keys", "backward_warps", "num_stages", "backward_stages")
-    stages = (3, 2) if dtype != torch.float32 or not (wide or narrow) else (2, 1) if wide else (3, 3)
-    return dict(zip(names, (*forward, *backward, *stages)))
+        each = ((64, 32, 8, 3), *((32, 32 if wide or narrow else 64, 4, 2),) * 2)
+    return {at + name: value for at, values in zip(PASSES, each) for name, value in zip(NAMES, values)}
 
 
 def candidates(dtype: torch.dtype, arch: int, **shape: int) -> list[dict]:
     """What is worth timing, the default first."""
     first = default(dtype, arch, **shape)
-    found = [first | {"queries": queries, "keys": keys, "num_warps": warps}
-             for queries, keys, warps in ((64, 64, 4), (128, 32, 4), (128, 64, 8), (32, 32, 2), (64, 32, 2))]
-    found += [first | {"backward_queries": queries, "backward_keys": keys, "backward_warps": warps}
-              for queries, keys, warps in ((32, 32, 2), (32, 32, 4), (64, 64, 4), (32, 128, 8), (64, 64, 8))]
+    tiles = {"": ((64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 4, 3), (128, 64, 8, 2), (32, 32, 2, 2), (64, 32, 4, 2)),
+             "dq_": ((64, 32, 4, 2), (64, 64, 4, 2), (32, 32, 2, 2), (128, 32, 4, 2), (128, 64, 8, 2)),
+             "dk_": ((32, 64, 4, 1), (64, 64, 4, 2), (32, 32, 2, 2), (32, 128, 4, 2), (64, 128, 8, 2))}
+    found = [first | {at + name: value for name, value in zip(NAMES, tile)} for at, some in tiles.items() for tile in some]
     return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
 
 
@@ -162,6 +201,6 @@ def launch(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: f
     with on(q.device):
         forward_kernel[(B * H * triton.cdiv(N, config["queries"]),)](
             q, k, v, policy, out, m, z, N, H, scale, eps, *q.stride(), *k.stride(), *v.stride(), *policy.stride(),
-            D=D, WIDTH=triton.next_power_of_2(D), EPS=eps > 0, QUERIES=config["queries"], KEYS=config["keys"],
+            D=D, WIDTH=triton.next_power_of_2(D), EPS=eps > 0, QUERIES=config["queries"], KEYS=config["keys"], TAIL=tail(N, config["keys"]),
             num_warps=config["num_warps"], num_stages=config["num_stages"])
     return out.transpose(1, 2), m, z

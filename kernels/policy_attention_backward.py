@@ -5,35 +5,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .policy_attention import LOG2E, configured, dot, finite, keep_rows, on, rows_of, split
-
-
-@triton.jit(do_not_specialize=["N", "H"])
-def delta_kernel(out, dout, delta, N, H, o_batch, o_head, o_row, o_channel, g_batch, g_head, g_row, g_channel,
-                 D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """delta [B, H, N] = the row sums of dout * out; grid (B * H * tiles of ROWS rows)."""
-    b, h, first = split(tl.program_id(0), N, H, ROWS)
-    row = first + tl.arange(0, ROWS)
-    o = rows_of(out, b, h, row, N, o_batch, o_head, o_row, o_channel, D, WIDTH).to(tl.float32)
-    g = rows_of(dout, b, h, row, N, g_batch, g_head, g_row, g_channel, D, WIDTH).to(tl.float32)
-    tl.store(delta + (b * H + h) * N + row, tl.sum(o * g, 1), mask=row < N)
+from .policy_attention import LOG2E, configured, dot, felt, finite, keep_rows, on, rows_of, split, tail
 
 
 @triton.jit
-def exponentials(s, peak, seen, EPS: tl.constexpr):
+def exponentials(s, peak, EPS: tl.constexpr):
     """e from scores in units of log 2; a dropped key far above every kept one stays finite (its policy's gradient needs it)."""
     s -= peak
     if not EPS:
         s = tl.minimum(s, 80.0 * LOG2E)
-    return tl.where(seen, tl.exp2(s), 0.0)
+    return tl.exp2(s)
 
 
-@triton.jit(do_not_specialize=["N", "H"])
+@triton.jit
+def add_key_gradients(
+    key, value, kept, q, dout, m, z, delta, dm, top, key_acc, value_acc, policy_acc, b, h, col, start, N, H, scale, eps, some,
+    q_batch, q_head, q_row, q_channel, g_batch, g_head, g_row, g_channel,
+    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr,
+):
+    """A step of `key_gradient_kernel`: SIZE queries from `start` on. Past the last all is zero, and adds nothing."""
+    row = start + tl.arange(0, SIZE)
+    head = (b * H + h) * N
+    query = rows_of(q, b, h, row, N, q_batch, q_head, q_row, q_channel, D, WIDTH)
+    up = rows_of(dout, b, h, row, N, g_batch, g_head, g_row, g_channel, D, WIDTH)
+    peak = tl.load(m + head + row, mask=row < N, other=0.0)
+    inverse = 1.0 / (tl.load(z + head + row, mask=row < N, other=1.0) + eps)
+    shift = tl.load(delta + head + row, mask=row < N, other=0.0)
+    e = exponentials(dot(key, tl.trans(query), None) * (scale * LOG2E), peak[None, :], EPS)
+    weighted = e * kept[:, None]
+    a = (weighted + eps / N) * inverse[None, :] if EPS else weighted * inverse[None, :]
+    value_acc = dot(a.to(up.dtype), up, value_acc)
+    de = (dot(value, tl.trans(up), None) - shift[None, :]) * inverse[None, :]
+    if up.dtype == tl.float32:  # where a sum less a term would show
+        policy_acc += tl.sum(tl.where(col[:, None] == row[None, :], 0.0, de * e), 1)
+    else:
+        policy_acc += tl.sum(de * e, 1)
+    ds = de * weighted
+    if EPS:
+        if some > 0:
+            chosen = tl.load(top + head + row, mask=row < N, other=-1)
+            slope = tl.load(dm + head + row, mask=row < N, other=0.0)
+            ds += tl.where(col[:, None] == chosen[None, :], slope[None, :], 0.0)
+    return dot(ds.to(query.dtype), query, key_acc), value_acc, policy_acc
+
+
+@triton.jit(do_not_specialize=["N", "H", "marks"])
 def key_gradient_kernel(
-    q, k, v, policy, dout, m, z, delta, dm, top, dk, dv, dpolicy, N, H, scale, eps,
+    q, k, v, policy, dout, m, z, delta, dm, top, any_felt, dk, dv, dpolicy, N, H, marks, scale, eps,
     q_batch, q_head, q_row, q_channel, k_batch, k_head, k_row, k_channel, v_batch, v_head, v_row, v_channel, p_batch, p_row,
     g_batch, g_head, g_row, g_channel,
-    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):
     """grid (B * H * tiles of KEYS keys), each over every query; dk, dv [B, H, N, D], dpolicy [B, H, N]: a share a head."""
     b, h, first = split(tl.program_id(0), N, H, KEYS)
@@ -47,59 +68,85 @@ def key_gradient_kernel(
     value_acc = tl.zeros((KEYS, WIDTH), tl.float32)
     policy_acc = tl.zeros((KEYS,), tl.float32)
     head = (b * H + h) * N
-    for start in range(0, N, QUERIES):
-        row = start + tl.arange(0, QUERIES)
-        query = rows_of(q, b, h, row, N, q_batch, q_head, q_row, q_channel, D, WIDTH)
-        up = rows_of(dout, b, h, row, N, g_batch, g_head, g_row, g_channel, D, WIDTH)
-        peak = tl.load(m + head + row, mask=row < N, other=0.0)
-        inverse = 1.0 / (tl.load(z + head + row, mask=row < N, other=1.0) + eps)
-        shift = tl.load(delta + head + row, mask=row < N, other=0.0)
-        inside = (col < N)[:, None] & (row < N)[None, :]
-        s = dot(key, tl.trans(query), None) * (scale * LOG2E)
-        e = exponentials(s, peak[None, :], inside, EPS)
-        diagonal = col[:, None] == row[None, :]
-        weighted = e * tl.where(diagonal, 1.0, kept[:, None])
-        a = (weighted + tl.where(inside, eps / N, 0.0)) * inverse[None, :] if EPS else weighted * inverse[None, :]
-        value_acc = dot(a.to(up.dtype), up, value_acc)
-        de = (dot(value, tl.trans(up), None) - shift[None, :]) * inverse[None, :]
-        policy_acc += tl.sum(tl.where(diagonal, 0.0, de * e), 1)
-        ds = de * weighted
-        if EPS:
-            chosen = tl.load(top + head + row, mask=row < N, other=-1)
-            slope = tl.load(dm + head + row, mask=row < N, other=0.0)
-            ds += tl.where(col[:, None] == chosen[None, :], slope[None, :], 0.0)
-        key_acc = dot(ds.to(query.dtype), query, key_acc)
+    some = 0
+    if EPS:
+        for i in range(0, marks):
+            some += tl.load(any_felt + (b * H + h) * marks + i)
+    full = N // QUERIES * QUERIES
+    for start in range(0, full, QUERIES):
+        key_acc, value_acc, policy_acc = add_key_gradients(
+            key, value, kept, q, dout, m, z, delta, dm, top, key_acc, value_acc, policy_acc, b, h, col, start, N, H, scale, eps, some,
+            q_batch, q_head, q_row, q_channel, g_batch, g_head, g_row, g_channel, D, WIDTH, EPS, QUERIES)
+    if TAIL > 0:
+        key_acc, value_acc, policy_acc = add_key_gradients(
+            key, value, kept, q, dout, m, z, delta, dm, top, key_acc, value_acc, policy_acc, b, h, col, full, N, H, scale, eps, some,
+            q_batch, q_head, q_row, q_channel, g_batch, g_head, g_row, g_channel, D, WIDTH, EPS, TAIL)
+    query = rows_of(q, b, h, col, N, q_batch, q_head, q_row, q_channel, D, WIDTH).to(tl.float32)  # a token sees itself whole
+    up = rows_of(dout, b, h, col, N, g_batch, g_head, g_row, g_channel, D, WIDTH).to(tl.float32)
+    inverse = 1.0 / (tl.load(z + head + col, mask=col < N, other=1.0) + eps)
+    e = exponentials(tl.sum(query * key.to(tl.float32), 1) * (scale * LOG2E), tl.load(m + head + col, mask=col < N, other=0.0), EPS)
+    de = (tl.sum(up * value.to(tl.float32), 1) - tl.load(delta + head + col, mask=col < N, other=0.0)) * inverse
+    if dout.dtype.element_ty != tl.float32:
+        policy_acc -= de * e
+    missing = e * (1.0 - kept)
+    key_acc += (de * missing)[:, None] * query
+    value_acc += (missing * inverse)[:, None] * up
     keep_rows(dk, key_acc * scale, head * D, col, N, D, D, WIDTH)
     keep_rows(dv, value_acc, head * D, col, N, D, D, WIDTH)
     tl.store(dpolicy + head + col, policy_acc, mask=col < N)
 
 
+@triton.jit
+def add_query_gradients(
+    query, up, k, v, policy, peak, inverse, shift, acc, b, h, start, N, scale,
+    k_batch, k_head, k_row, k_channel, v_batch, v_head, v_row, v_channel, p_batch, p_row,
+    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, SIZE: tl.constexpr, LAST: tl.constexpr,
+):
+    """A step of `query_gradient_kernel`: SIZE keys from `start` on, of which some may lie past the LAST."""
+    col = start + tl.arange(0, SIZE)
+    kept = tl.load(policy + b * p_batch + col.to(tl.int64) * p_row, mask=col < N, other=0.0).to(tl.float32)
+    key = rows_of(k, b, h, col, N, k_batch, k_head, k_row, k_channel, D, WIDTH)
+    value = rows_of(v, b, h, col, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
+    if not EPS:
+        key, value = finite(key, kept), finite(value, kept)
+    e = exponentials(dot(query, tl.trans(key), None) * (scale * LOG2E), peak[:, None], EPS) * kept[None, :]
+    if LAST:
+        e = tl.where((col < N)[None, :], e, 0.0)
+    ds = (dot(up, tl.trans(value), None) - shift[:, None]) * inverse[:, None] * e
+    return dot(ds.to(key.dtype), key, acc)
+
+
 @triton.jit(do_not_specialize=["N", "H"])
 def query_gradient_kernel(
-    q, k, v, policy, dout, m, z, delta, dm, top, dq, N, H, scale, eps,
+    q, k, v, policy, dout, out, m, z, delta, dm, top, any_felt, dq, N, H, scale, eps,
     q_batch, q_head, q_row, q_channel, k_batch, k_head, k_row, k_channel, v_batch, v_head, v_row, v_channel, p_batch, p_row,
-    g_batch, g_head, g_row, g_channel,
-    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    g_batch, g_head, g_row, g_channel, o_batch, o_head, o_row, o_channel,
+    D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):
-    """grid (B * H * tiles of QUERIES rows), each over every key; dq [B, H, N, D]; dm and top [B, H, N]: the gradient of each row's
-    maximum, and the key it belongs to (-1: left out as too small)."""
+    """grid (B * H * tiles of QUERIES rows), each over every key; dq [B, H, N, D]; delta [B, H, N], the row sums of dout * out; where
+    any_felt, one a tile, is 1, dm and top [B, H, N] too: the gradient of each row's maximum, and the key it belongs to (-1: left out as
+    too small)."""
     b, h, first = split(tl.program_id(0), N, H, QUERIES)
     row = first + tl.arange(0, QUERIES)
     query = rows_of(q, b, h, row, N, q_batch, q_head, q_row, q_channel, D, WIDTH)
     up = rows_of(dout, b, h, row, N, g_batch, g_head, g_row, g_channel, D, WIDTH)
+    result = rows_of(out, b, h, row, N, o_batch, o_head, o_row, o_channel, D, WIDTH)
     head = (b * H + h) * N
     peak = tl.load(m + head + row, mask=row < N, other=0.0)
-    inverse = 1.0 / (tl.load(z + head + row, mask=row < N, other=1.0) + eps)
-    shift = tl.load(delta + head + row, mask=row < N, other=0.0)
+    total = tl.load(z + head + row, mask=row < N, other=1.0)
+    inverse = 1.0 / (total + eps)
+    shift = tl.sum(up.to(tl.float32) * result.to(tl.float32), 1)
+    tl.store(delta + head + row, shift, mask=row < N)
     acc = tl.zeros((QUERIES, WIDTH), tl.float32)
     if EPS:  # where dropped keys alone are near a row's maximum, eps is much of its sum and the maximum has a gradient, all at one key
-        FELT: tl.constexpr = 2.0 ** -14 if q.dtype.element_ty.primitive_bitwidth == 16 else 2.0 ** -20
-        felt = (row < N) & (eps * inverse > FELT)
-        chosen = tl.full((QUERIES,), -1, tl.int32)
-        slope = tl.zeros((QUERIES,), tl.float32)
-        if tl.max(felt.to(tl.int32), 0) > 0:
+        much = (row < N) & felt(total, eps, query.dtype == tl.float32)
+        some = tl.max(much.to(tl.int32), 0)
+        tl.store(any_felt + tl.program_id(0), some)
+        if some > 0:
+            chosen = tl.full((QUERIES,), -1, tl.int32)
+            slope = tl.zeros((QUERIES,), tl.float32)
             best = tl.full((QUERIES,), float("-inf"), tl.float32)
-            mean = tl.load(z + head + row, mask=row < N, other=1.0) / N  # of a row's weights
+            mean = total / N  # of a row's weights
             for start in range(0, N, KEYS):
                 col = start + tl.arange(0, KEYS)
                 kept = tl.load(policy + b * p_batch + col.to(tl.int64) * p_row, mask=col < N, other=0.0).to(tl.float32)
@@ -112,24 +159,29 @@ def query_gradient_kernel(
                 chosen = tl.where(highest > best, start + tl.argmax(s, 1), chosen)
                 best = tl.maximum(best, highest)
                 slope += tl.sum(da * (mean[:, None] - weight), 1)
-            slope = tl.where(felt, eps * inverse * inverse * slope, 0.0)
-            chosen = tl.where(felt, chosen, -1)
-            top_key = rows_of(k, b, h, tl.where(felt, chosen, N), N, k_batch, k_head, k_row, k_channel, D, WIDTH)
+            slope = tl.where(much, eps * inverse * inverse * slope, 0.0)
+            chosen = tl.where(much, chosen, -1)
+            top_key = rows_of(k, b, h, tl.where(much, chosen, N), N, k_batch, k_head, k_row, k_channel, D, WIDTH)
             acc += slope[:, None] * top_key.to(tl.float32)
-        tl.store(dm + head + row, slope, mask=row < N)
-        tl.store(top + head + row, chosen, mask=row < N)
-    for start in range(0, N, KEYS):
-        col = start + tl.arange(0, KEYS)
-        kept = tl.load(policy + b * p_batch + col.to(tl.int64) * p_row, mask=col < N, other=0.0).to(tl.float32)
-        key = rows_of(k, b, h, col, N, k_batch, k_head, k_row, k_channel, D, WIDTH)
-        value = rows_of(v, b, h, col, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
-        if not EPS:
-            key, value = finite(key, kept), finite(value, kept)
-        s = dot(query, tl.trans(key), None) * (scale * LOG2E)
-        diagonal = row[:, None] == col[None, :]
-        weighted = exponentials(s, peak[:, None], (row < N)[:, None] & (col < N)[None, :], EPS) * tl.where(diagonal, 1.0, kept[None, :])
-        ds = (dot(up, tl.trans(value), None) - shift[:, None]) * inverse[:, None] * weighted
-        acc = dot(ds.to(key.dtype), key, acc)
+            tl.store(dm + head + row, slope, mask=row < N)
+            tl.store(top + head + row, chosen, mask=row < N)
+    full = N // KEYS * KEYS
+    for start in range(0, full, KEYS):
+        acc = add_query_gradients(
+            query, up, k, v, policy, peak, inverse, shift, acc, b, h, start, N, scale, k_batch, k_head, k_row, k_channel,
+            v_batch, v_head, v_row, v_channel, p_batch, p_row, D, WIDTH, EPS, KEYS, False)
+    if TAIL > 0:
+        acc = add_query_gradients(
+            query, up, k, v, policy, peak, inverse, shift, acc, b, h, full, N, scale, k_batch, k_head, k_row, k_channel,
+            v_batch, v_head, v_row, v_channel, p_batch, p_row, D, WIDTH, EPS, TAIL, True)
+    kept = tl.load(policy + b * p_batch + row.to(tl.int64) * p_row, mask=row < N, other=1.0).to(tl.float32)
+    key = rows_of(k, b, h, row, N, k_batch, k_head, k_row, k_channel, D, WIDTH)  # a token sees itself whole
+    value = rows_of(v, b, h, row, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
+    if not EPS:
+        key, value = finite(key, kept), finite(value, kept)
+    e = exponentials(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * (scale * LOG2E), peak, EPS)
+    de = (tl.sum(up.to(tl.float32) * value.to(tl.float32), 1) - shift) * inverse
+    acc += (de * e * (1.0 - kept))[:, None] * key.to(tl.float32)
     keep_rows(dq, acc * scale, head * D, row, N, D, D, WIDTH)
 
 
@@ -141,15 +193,17 @@ def launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: T
     delta, dpolicy, dm = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(3))
     top = torch.empty(B, H, N, dtype=torch.int32, device=q.device)
     config = config or configured(q)
-    width, queries, keys = triton.next_power_of_2(D), config["backward_queries"], config["backward_keys"]
-    rows = 4096 // max(width, 64)
-    sizes = {"D": D, "WIDTH": width, "EPS": eps > 0, "QUERIES": queries, "KEYS": keys, "num_warps": config["backward_warps"],
-             "num_stages": config["backward_stages"]}
-    inputs = (q, k, v, policy, dout, m, z, delta, dm, top)
+    marks = triton.cdiv(N, config["dq_queries"])
+    any_felt = torch.empty(B * H * marks, dtype=torch.int32, device=q.device)
     strides = (*q.stride(), *k.stride(), *v.stride(), *policy.stride(), *dout.stride())
+
+    def constants(at: str, passing: str) -> dict:
+        return {"D": D, "WIDTH": triton.next_power_of_2(D), "EPS": eps > 0, "QUERIES": config[at + "queries"], "KEYS": config[at + "keys"],
+                "TAIL": tail(N, config[at + passing]), "num_warps": config[at + "num_warps"], "num_stages": config[at + "num_stages"]}
     with on(q.device):
-        delta_kernel[(B * H * triton.cdiv(N, rows),)](out, dout, delta, N, H, *out.stride(), *dout.stride(), D=D, WIDTH=width, ROWS=rows,
-                                                      num_warps=4)
-        query_gradient_kernel[(B * H * triton.cdiv(N, queries),)](*inputs, dq, N, H, scale, eps, *strides, **sizes)  # writes dm and top
-        key_gradient_kernel[(B * H * triton.cdiv(N, keys),)](*inputs, dk, dv, dpolicy, N, H, scale, eps, *strides, **sizes)
+        query_gradient_kernel[(B * H * marks,)](q, k, v, policy, dout, out, m, z, delta, dm, top, any_felt, dq, N, H, scale, eps,
+                                                *strides, *out.stride(), **constants("dq_", "keys"))
+        key_gradient_kernel[(B * H * triton.cdiv(N, config["dk_keys"]),)](  # reads what the first has written
+            q, k, v, policy, dout, m, z, delta, dm, top, any_felt, dk, dv, dpolicy, N, H, marks, scale, eps, *strides,
+            **constants("dk_", "queries"))
     return dq, dk, dv, dpolicy.sum(1).to(policy.dtype)

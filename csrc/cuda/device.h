@@ -51,6 +51,18 @@ __device__ inline void copies_commit();
 template <int pending>
 __device__ inline void copies_wait();
 
+// The tile [ROWS, UNITS * 16 bytes], rows PITCH apart, of the `rows` x `columns` values at `from`, zeros past their end: by all of THREADS
+// threads, each of which copies as much.
+template <int ROWS, int UNITS, int PITCH, int THREADS, typename T>
+__device__ inline void copy_tile(T *to, const T *from, long long stride, int rows, int columns) {
+  constexpr int LINES = THREADS / UNITS, UNIT = 16 / sizeof(T);
+  static_assert(THREADS % UNITS == 0 && ROWS % LINES == 0, "whole rows, and no thread without work");
+  const int row = threadIdx.x / UNITS, column = threadIdx.x % UNITS * UNIT;
+  from += row * stride + column;
+  UNROLL for (int i = 0; i < ROWS; i += LINES)
+    copy16(to + (row + i) * PITCH + column, from + i * stride, row + i < rows && column < columns);
+}
+
 // Four 8 x 8 matrices of 16-bit values; lane 8i + r gives the address of row r of matrix i (16 bytes, aligned). Thread (g, t) =
 // (lane / 4, lane % 4) receives elements (g, 2t) and (g, 2t + 1) of each, of its transpose where `transposed`.
 template <bool transposed>

@@ -5,6 +5,8 @@
 #include "params.h"
 
 constexpr float LOG2E = 1.44269504f;
+template <typename T>
+constexpr float FELT = sizeof(T) == 2 ? 1 / 16384.0f : 1 / 1048576.0f;  // a smaller share of eps in a row's sum is not felt
 
 template <typename T, int WIDTH, int OWN>  // WIDTH: D rounded up; OWN: tensors of which a block owns rows
 struct Tiles {
@@ -39,13 +41,9 @@ __device__ Rows<T> rows_of(const void *x, const long long (&strides)[4], const P
   return {(const T *)x + at.b * strides[0] + at.h * strides[1], strides[2]};
 }
 
-template <typename S, typename T>
-__device__ void fetch(T *to, const Rows<T> &from, int first, int rows, const PolicyAttentionParams &p) {
-  for (int i = threadIdx.x; i < rows * S::UNITS; i += 32 * S::WARPS) {
-    const int row = i / S::UNITS, c = i % S::UNITS * S::UNIT;
-    const bool valid = first + row < p.N && c < p.D;
-    copy16(to + row * S::PITCH + c, valid ? from.data + (first + row) * from.stride + c : from.data, valid);
-  }
+template <typename S, int ROWS, typename T>
+__device__ void fetch(T *to, const Rows<T> &from, int first, const PolicyAttentionParams &p) {
+  copy_tile<ROWS, S::UNITS, S::PITCH, 32 * S::WARPS>(to, from.data + first * from.stride, from.stride, p.N - first, p.D);
 }
 
 __device__ inline bool finite(float x) { return x - x == 0; }
@@ -53,10 +51,9 @@ __device__ inline bool finite(float x) { return x - x == 0; }
 // Sets what is not finite in dropped rows of a tile to zero; each thread in what it has copied itself, before the barrier.
 template <typename S, typename T>
 __device__ void clean(T *tile, const float *policy, int first, const PolicyAttentionParams &p) {
-  for (int i = threadIdx.x; i < S::STEP * S::UNITS; i += 32 * S::WARPS) {
-    const int row = i / S::UNITS;
+  for (int row = threadIdx.x / S::UNITS; row < S::STEP; row += 32 * S::WARPS / S::UNITS) {
     if (first + row >= p.N || policy[first + row] > 0) continue;
-    T *unit = tile + row * S::PITCH + i % S::UNITS * S::UNIT;
+    T *unit = tile + row * S::PITCH + threadIdx.x % S::UNITS * S::UNIT;
     for (int c = 0; c < S::UNIT; c++)
       if (!finite(to_float(unit[c]))) from_float(0, unit[c]);
   }

@@ -3,9 +3,9 @@
 // grid (tiles of ROWS rows, for each head of each image).
 #include "policy_attention.h"
 
-constexpr float HIGHEST = 80 * LOG2E;  // above its row's maximum: a dropped key's score, for the gradient of its policy
+constexpr float HIGHEST = 80 * LOG2E;  // above its row's level: a dropped key's score, for the gradient of its policy
 template <typename T>
-constexpr float FELT = sizeof(T) == 2 ? 1 / 16384.0f : 1 / 1048576.0f;  // a smaller share of eps in a row's sum is not felt in its gradient
+constexpr bool EXACT = sizeof(T) == 4;  // a row's level is its maximum; where digits are few, with the logarithm of its sum
 
 template <typename T, int WIDTH>
 __device__ void query_gradient(const PolicyAttentionParams &p) {
@@ -19,13 +19,13 @@ __device__ void query_gradient(const PolicyAttentionParams &p) {
   const Rows<T> dout = rows_of<T>(p.dout, p.dout_strides, at), out = rows_of<T>(p.out, p.out_strides, at);
   const float *policy = p.policy + at.b * p.N;
   auto fetch_keys = [&](int start, int stage) {
-    if (start < p.N) fetch<S>(tiles.passing[stage][0], k, start, STEP, p), fetch<S>(tiles.passing[stage][1], v, start, STEP, p);
+    if (start < p.N) fetch<S, STEP>(tiles.passing[stage][0], k, start, p), fetch<S, STEP>(tiles.passing[stage][1], v, start, p);
     copies_commit();
   };
   auto kept_of = [&](int key) { return tid < STEP && key < p.N ? policy[key] : 0; };
 
-  fetch<S>(tiles.own[0], q, at.first, S::ROWS, p);
-  fetch<S>(tiles.own[1], dout, at.first, S::ROWS, p);
+  fetch<S, S::ROWS>(tiles.own[0], q, at.first, p);
+  fetch<S, S::ROWS>(tiles.own[1], dout, at.first, p);
   fetch_keys(0, 0);
   if (tid < STEP) kept[0][tid] = kept_of(tid);
   const float scale = p.scale * LOG2E;
@@ -100,6 +100,8 @@ __device__ void query_gradient(const PolicyAttentionParams &p) {
     }
   }
 
+  float level[2];
+  UNROLL for (int r = 0; r < 2; r++) level[r] = peak[r] - (EXACT<T> ? 0 : log2f(inverse[r]));
   for (int start = 0, turn = 0; start < p.N; start += STEP, turn ^= 1) {
     const int stage = S::STAGES == 2 ? turn : 0;
     if constexpr (S::STAGES == 2) fetch_keys(start + STEP, stage ^ 1);
@@ -113,10 +115,14 @@ __device__ void query_gradient(const PolicyAttentionParams &p) {
       float s[2][4] = {}, ds[2][4] = {};
       add_scores(s, queries, k_tile + j * PITCH);
       add_scores(ds, ups, v_tile + j * PITCH);
-      UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) {
-        const bool itself = start + j == own && i == e / 2 && t + e % 2 == g;
-        const float weight = exp2_approximate(fminf(s[i][e] * scale - peak[e / 2], HIGHEST));
-        ds[i][e] = (ds[i][e] - delta[e / 2]) * inverse[e / 2] * weight * (itself ? 1 : kept[turn][j + i * 8 + t + e % 2]);
+      const bool itself[2] = {start + j == own && t == g, start + j == own && t + 1 == g};
+      UNROLL for (int i = 0; i < 2; i++) {
+        float share[2];
+        load_values(share, kept[turn] + j + i * 8 + t);
+        UNROLL for (int e = 0; e < 4; e++) {
+          const float e_or_a = exp2_approximate(fminf(s[i][e] * scale - level[e / 2], HIGHEST)), a = EXACT<T> ? e_or_a * inverse[e / 2] : e_or_a;
+          ds[i][e] = (ds[i][e] - delta[e / 2]) * a * (i == e / 2 && itself[e % 2] ? 1 : share[e % 2]);
+        }
       }
       add_weighted(acc, ds, k_tile + j * PITCH, PITCH);
     }
@@ -139,7 +145,7 @@ __device__ void key_gradient(const PolicyAttentionParams &p) {
   using S = Tiles<T, WIDTH, 2>;
   constexpr int STEP = S::STEP, PITCH = S::PITCH;
   SHARED(S, tiles);
-  SHARED(float[2][STEP], peak);  // of the queries that pass
+  SHARED(float[2][STEP], level);  // of the queries that pass, as in query_gradient
   SHARED(float[2][STEP], inverse);
   SHARED(float[2][STEP], delta);
   SHARED(float[2][STEP], dm);
@@ -149,28 +155,29 @@ __device__ void key_gradient(const PolicyAttentionParams &p) {
   const Rows<T> q = rows_of<T>(p.q, p.q_strides, at), k = rows_of<T>(p.k, p.k_strides, at), v = rows_of<T>(p.v, p.v_strides, at);
   const Rows<T> dout = rows_of<T>(p.dout, p.dout_strides, at);
   auto fetch_queries = [&](int start, int stage) {
-    if (start < p.N) fetch<S>(tiles.passing[stage][0], q, start, STEP, p), fetch<S>(tiles.passing[stage][1], dout, start, STEP, p);
+    if (start < p.N) fetch<S, STEP>(tiles.passing[stage][0], q, start, p), fetch<S, STEP>(tiles.passing[stage][1], dout, start, p);
     copies_commit();
   };
+  const float scale = p.scale * LOG2E, floor = p.eps / p.N;
   float next[4];
   int next_top;
   auto look = [&](int query) {
     const bool valid = tid < STEP && query < p.N;
-    next[0] = valid ? p.m[at.head + query] : 0, next[1] = valid ? 1 / (p.z[at.head + query] + p.eps) : 0;
+    const float sum = valid ? p.z[at.head + query] + p.eps : 1;
+    next[0] = valid ? p.m[at.head + query] + (EXACT<T> ? 0 : log2f(sum)) : infinity(), next[1] = valid ? 1 / sum : 0;
     next[2] = valid ? p.delta[at.head + query] : 0, next[3] = valid ? p.dm[at.head + query] : 0;
     next_top = valid ? p.top[at.head + query] : -1;
   };
   auto keep = [&](int turn) {
     if (tid >= STEP) return;
-    peak[turn][tid] = next[0], inverse[turn][tid] = next[1], delta[turn][tid] = next[2], dm[turn][tid] = next[3], top[turn][tid] = next_top;
+    level[turn][tid] = next[0], inverse[turn][tid] = next[1], delta[turn][tid] = next[2], dm[turn][tid] = next[3], top[turn][tid] = next_top;
   };
 
-  fetch<S>(tiles.own[0], k, at.first, S::ROWS, p);
-  fetch<S>(tiles.own[1], v, at.first, S::ROWS, p);
+  fetch<S, S::ROWS>(tiles.own[0], k, at.first, p);
+  fetch<S, S::ROWS>(tiles.own[1], v, at.first, p);
   fetch_queries(0, 0);
   look(tid);
   keep(0);
-  const float scale = p.scale * LOG2E, floor = p.eps / p.N;
   const bool active = own < p.N;
   float dk[WIDTH / 8][4] = {}, dv[WIDTH / 8][4] = {}, kept[2], dpolicy[2] = {};
   UNROLL for (int r = 0; r < 2; r++) kept[r] = own + g + 8 * r < p.N ? p.policy[at.b * p.N + own + g + 8 * r] : 0;
@@ -188,14 +195,18 @@ __device__ void key_gradient(const PolicyAttentionParams &p) {
       float s[2][4] = {}, ds[2][4] = {};
       add_scores(s, keys, q_tile + j * PITCH);
       add_scores(ds, values, up_tile + j * PITCH);
-      UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) {
-        const int column = j + i * 8 + t + e % 2;
-        const bool itself = start + j == own && i == e / 2 && t + e % 2 == g;
-        const float weight = exp2_approximate(fminf(s[i][e] * scale - peak[turn][column], HIGHEST)), share = itself ? 1 : kept[e / 2];
-        const float de = (ds[i][e] - delta[turn][column]) * inverse[turn][column] * weight;
-        if (!itself) dpolicy[e / 2] += de;
-        ds[i][e] = de * share;
-        s[i][e] = (weight * share + floor) * inverse[turn][column];
+      const bool itself[2] = {start + j == own && t == g, start + j == own && t + 1 == g};
+      UNROLL for (int i = 0; i < 2; i++) {
+        float high[2], its[2], shift[2];
+        load_values(high, level[turn] + j + i * 8 + t), load_values(its, inverse[turn] + j + i * 8 + t), load_values(shift, delta[turn] + j + i * 8 + t);
+        UNROLL for (int e = 0; e < 4; e++) {
+          const bool own_score = i == e / 2 && itself[e % 2];
+          const float e_or_a = exp2_approximate(fminf(s[i][e] * scale - high[e % 2], HIGHEST)), a = EXACT<T> ? e_or_a * its[e % 2] : e_or_a;
+          const float de = (ds[i][e] - shift[e % 2]) * a, share = own_score ? 1 : kept[e / 2];
+          if (!own_score) dpolicy[e / 2] += de;
+          ds[i][e] = de * share;
+          s[i][e] = a * share + floor * its[e % 2];
+        }
       }
       const int its_top = top[turn][j + tid % 16];
       if (__ballot_sync(0xffffffffu, its_top >= own && its_top < own + 16))
@@ -227,7 +238,9 @@ __device__ void key_gradient(const PolicyAttentionParams &p) {
   extern "C" __global__ void __launch_bounds__(128, blocks) policy_attention_##pass##_##type##_##width(const PolicyAttentionParams p) { \
     pass<type, width>(p); \
   }
-#define KERNELS_OF(type, width) KERNEL_OF(query_gradient, type, width, width == 128 ? 2 : 3) KERNEL_OF(key_gradient, type, width, 2)
+#define KERNELS_OF(type, width) \
+  KERNEL_OF(query_gradient, type, width, width == 128 ? 2 : ARCH >= 800 && sizeof(type) == 2 ? 4 : 3) \
+  KERNEL_OF(key_gradient, type, width, width == 128 || ARCH < 800 || sizeof(type) == 4 ? 2 : 3)
 using f32 = float;
 KERNELS_OF(f32, 32) KERNELS_OF(f32, 64) KERNELS_OF(f32, 128)
 KERNELS_OF(f16, 32) KERNELS_OF(f16, 64) KERNELS_OF(f16, 128)

@@ -11,7 +11,7 @@ __device__ void attend(const ShortAttentionParams &p) {
   constexpr bool MMA = HAS_MMA<T>;
   constexpr int BYTES = WIDTH * sizeof(T);  // the wider a row, the fewer at a time: 48 KB of shared memory everywhere
   constexpr int WARPS = BYTES > 256 ? 2 : 4, ROWS = 16 * WARPS, KEYS = BYTES > 128 ? 16 : 32, STAGES = ARCH >= 800 && BYTES <= 256 ? 2 : 1;
-  constexpr int UNIT = 16 / sizeof(T), PITCH = WIDTH + UNIT;
+  constexpr int UNIT = 16 / sizeof(T), UNITS = WIDTH / UNIT, PITCH = WIDTH + UNIT;
   SHARED(T[STAGES][2][KEYS * PITCH], keys);  // and values
   SHARED(T[ROWS * PITCH], queries);
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4 * 2;
@@ -36,19 +36,15 @@ __device__ void attend(const ShortAttentionParams &p) {
   if (first >= n) return;
 
   const T *qkv = (const T *)p.qkv + base * p.qkv_row + head * p.D;
-  auto fetch = [&](T *to, int from, int rows, int which) {
-    for (int i = tid; i < rows * (WIDTH / UNIT); i += 32 * WARPS) {
-      const int row = i / (WIDTH / UNIT), c = i % (WIDTH / UNIT) * UNIT;
-      const bool valid = from + row < n && c < p.D;
-      copy16(to + row * PITCH + c, valid ? qkv + (from + row) * p.qkv_row + which * C + c : qkv, valid);
-    }
-  };
   auto fetch_keys = [&](int start, int stage) {
-    if (start < n) fetch(keys[stage][0], start, KEYS, 1), fetch(keys[stage][1], start, KEYS, 2);
+    const T *key = qkv + start * p.qkv_row + C;
+    if (start < n)
+      copy_tile<KEYS, UNITS, PITCH, 32 * WARPS>(keys[stage][0], key, p.qkv_row, n - start, p.D),
+          copy_tile<KEYS, UNITS, PITCH, 32 * WARPS>(keys[stage][1], key + C, p.qkv_row, n - start, p.D);
     copies_commit();
   };
 
-  fetch(queries, first, ROWS, 0);
+  copy_tile<ROWS, UNITS, PITCH, 32 * WARPS>(queries, qkv + first * p.qkv_row, p.qkv_row, n - first, p.D);
   fetch_keys(0, 0);
   const float scale = p.scale * LOG2E;
   const T *mine = queries + warp * 16 * PITCH;
@@ -79,9 +75,11 @@ __device__ void attend(const ShortAttentionParams &p) {
       }
 
       float highest[2] = {peak[0], peak[1]};
-      UNROLL for (int j = 0; j < KEYS / 16; j++) UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) {
-        s[j][i][e] = start + j * 16 + i * 8 + t + e % 2 < n ? s[j][i][e] * scale : -infinity();
-        highest[e / 2] = fmaxf(highest[e / 2], s[j][i][e]);
+      UNROLL for (int j = 0; j < KEYS / 16; j++) {
+        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) s[j][i][e] *= scale;
+        if (start + j * 16 + 16 > n) UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++)
+          if (start + j * 16 + i * 8 + t + e % 2 >= n) s[j][i][e] = -infinity();
+        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) highest[e / 2] = fmaxf(highest[e / 2], s[j][i][e]);
       }
       UNROLL for (int r = 0; r < 2; r++) {  // the four threads of a row agree
         highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 1));
@@ -110,8 +108,9 @@ __device__ void attend(const ShortAttentionParams &p) {
     sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
     const int row = own + g + 8 * r;
     if (row >= n) continue;
+    const float inverse = 1 / sum[r];
     UNROLL for (int i = 0; i < WIDTH / 8; i++)
-      if (i * 8 < p.D) store_pair(out + (base + row) * C + i * 8 + t, o[i][2 * r] / sum[r], o[i][2 * r + 1] / sum[r]);
+      if (i * 8 < p.D) store_pair(out + (base + row) * C + i * 8 + t, o[i][2 * r] * inverse, o[i][2 * r + 1] * inverse);
   }
 }
 

@@ -28,23 +28,33 @@ __device__ void product(const SlicedProductParams &p) {
   };
 
   const T *a = (const T *)p.a, *b = (const T *)p.b;
+  // Every thread copies 16 bytes of every LINES-th row. What lies across the depth is looked up once: its rows, or its only unit of columns.
+  constexpr int A_LINES = THREADS * UNIT / DEPTH, B_LINES = THREADS / B_UNITS;
+  static_assert(SIZE % A_LINES == 0 && B_ROWS % B_LINES == 0, "every thread copies as much");
+  const int a_row = tid / (DEPTH / UNIT), a_unit = tid % (DEPTH / UNIT) * UNIT, b_line = tid / B_UNITS, b_unit = tid % B_UNITS * UNIT;
+  const T *a_from = a + (first_row + a_row) * (long long)p.a_row + a_unit, *b_from[DEPTH_ROWS ? 1 : B_ROWS / B_LINES];
+  bool b_inside[DEPTH_ROWS ? 1 : B_ROWS / B_LINES];
+  UNROLL for (int i = 0; i < (DEPTH_ROWS ? 1 : B_ROWS / B_LINES); i++) {
+    const int column = first_column + (DEPTH_ROWS ? b_unit : b_line + i * B_LINES);
+    b_inside[i] = column < p.N;
+    b_from[i] = b + (b_inside[i] ? place(column, p.live_columns) * (DEPTH_ROWS ? 1 : p.b_row) : 0);
+  }
   auto fetch = [&](int k, int stage) {
     if (k < p.K) {
-      for (int i = tid; i < SIZE * (DEPTH / UNIT); i += THREADS) {
-        const int row = i / (DEPTH / UNIT), depth = k + i % (DEPTH / UNIT) * UNIT;
-        const bool valid = first_row + row < p.M && depth < p.K;
-        copy16(a_tiles + stage * A_TILE + row * A_ROW + (depth - k), valid ? a + (first_row + row) * p.a_row + depth : a, valid);
-      }
-      for (int i = tid; i < B_ROWS * B_UNITS; i += THREADS) {
-        const int row = i / B_UNITS, unit = i % B_UNITS * UNIT;
-        const int depth = k + (DEPTH_ROWS ? row : unit), column = first_column + (DEPTH_ROWS ? unit : row);
-        const bool valid = depth < p.K && column < p.N;
-        const T *from = b;
-        if (valid) {
-          const long long d = place(depth, p.live_depth), c = place(column, p.live_columns);
-          from += DEPTH_ROWS ? d * p.b_row + c : c * p.b_row + d;
+      UNROLL for (int i = 0; i < SIZE; i += A_LINES)
+        copy16(a_tiles + stage * A_TILE + (a_row + i) * A_ROW + a_unit, a_from + i * (long long)p.a_row + k,
+               first_row + a_row + i < p.M && k + a_unit < p.K);
+      T *to = b_tiles + stage * B_TILE + b_line * B_ROW + b_unit;
+      if constexpr (DEPTH_ROWS) {
+        UNROLL for (int i = 0; i < B_ROWS; i += B_LINES) {
+          const int depth = k + b_line + i;
+          const bool valid = depth < p.K && b_inside[0];
+          copy16(to + i * B_ROW, b_from[0] + (valid ? place(depth, p.live_depth) * p.b_row : 0), valid);
         }
-        copy16(b_tiles + stage * B_TILE + row * B_ROW + unit, from, valid);
+      } else {
+        const int depth = k + b_unit;
+        const long long d = depth < p.K ? place(depth, p.live_depth) : 0;
+        UNROLL for (int i = 0; i < B_ROWS / B_LINES; i++) copy16(to + i * B_LINES * B_ROW, b_from[i] + d, depth < p.K && b_inside[i]);
       }
     }
     copies_commit();
