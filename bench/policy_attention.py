@@ -10,7 +10,7 @@ from bench.short_attention import heads, merged
 from vitprune import cases
 from vitprune.bench import DTYPES
 from vitprune.cases import HEADS, Size, calls
-from vitprune.ops import policy_attention
+from vitprune.ops import policy_attention, split_qkv
 
 
 def shapes(device: torch.device, brief: bool):
@@ -23,7 +23,7 @@ def shapes(device: torch.device, brief: bool):
 
 
 def ours(x, policy, H: int):
-    return merged(policy_attention(*heads(x, H), policy))
+    return merged(policy_attention(*split_qkv(x, H), policy))
 
 
 def sdpa(x, policy, H: int, only: SDPBackend, masked: bool):

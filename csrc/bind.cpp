@@ -41,7 +41,7 @@ PolicyAttentionParams policy_attention_params(py::tuple addresses, py::tuple siz
   auto next = [&] { return pointer<void>(addresses[i++].cast<Address>()); };
   p.q = next(), p.k = next(), p.v = next(), p.policy = static_cast<float *>(next()), p.out = next();
   p.m = static_cast<float *>(next()), p.z = static_cast<float *>(next());
-  p.dout = next(), p.dq = next(), p.dk = next(), p.dv = next();
+  p.dout = next(), p.dqkv = next();
   p.dpolicy = static_cast<float *>(next()), p.delta = static_cast<float *>(next());
   p.dm = static_cast<float *>(next()), p.top = static_cast<int *>(next());
   p.B = sizes[0].cast<int>(), p.H = sizes[1].cast<int>(), p.N = sizes[2].cast<int>(), p.D = sizes[3].cast<int>();

@@ -24,9 +24,9 @@ struct PolicyAttentionParams {
   void *out;              // [B, H, N, D], any strides
   float *m, *z;           // [B, H, N], contiguous: each row's maximum (CUDA: in units of log 2) and sum
   const void *dout;       // as out; null in the forward pass, with all that follows
-  void *dq, *dk, *dv;     // [B, H, N, D], contiguous
+  void *dqkv;             // [B, N, 3, H, D], contiguous
   float *dpolicy;         // [B, H, N], contiguous: a share of each head
-  // [B, H, N], contiguous, from the kernel for dq to that for dk (CUDA): the row sums of dout * out; the gradient of each row's
+  // [B, H, N], contiguous, from the kernel for q's gradient to that for k's (CUDA): the row sums of dout * out; the gradient of each row's
   // maximum, and the key it belongs to (-1: left out as too small).
   float *delta, *dm;
   int *top;

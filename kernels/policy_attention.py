@@ -121,9 +121,9 @@ def forward_kernel(
         peak, total, mixed, acc = attend(
             query, k, v, policy, peak, total, mixed, acc, b, h, start, N, factor, k_batch, k_head, k_row, k_channel,
             v_batch, v_head, v_row, v_channel, p_batch, p_row, D, WIDTH, EPS, KEYS, False)
-    if TAIL > 0:
+    for start in tl.range(full, N, TAIL, num_stages=1):  # once at most; straight-line code spills
         peak, total, mixed, acc = attend(
-            query, k, v, policy, peak, total, mixed, acc, b, h, full, N, factor, k_batch, k_head, k_row, k_channel,
+            query, k, v, policy, peak, total, mixed, acc, b, h, start, N, factor, k_batch, k_head, k_row, k_channel,
             v_batch, v_head, v_row, v_channel, p_batch, p_row, D, WIDTH, EPS, TAIL, True)
     kept = tl.load(policy + b * p_batch + row.to(tl.int64) * p_row, mask=row < N, other=1.0).to(tl.float32)
     mine = rows_of(v, b, h, row, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
@@ -145,8 +145,8 @@ def forward_kernel(
 
 
 def tail(N: int, step: int) -> int:
-    """The keys that the last step takes where N is no multiple of `step`: the power of two that holds the rest, 16 at least."""
-    return max(16, triton.next_power_of_2(N % step)) if N % step else 0
+    """Rows of the last step, where N is no multiple of `step`: the power of two that holds the rest, 16 at least."""
+    return max(16, triton.next_power_of_2(N % step))
 
 
 PASSES = ("", "dq_", "dk_")  # forward, gradient of queries, gradient of keys: each has tiles, warps and loads in flight of its own
@@ -156,12 +156,14 @@ NAMES = ("queries", "keys", "num_warps", "num_stages")
 def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
     """Tiles, warps and loads in flight of each pass: what spills nowhere."""
     wide, narrow = shape["D"] > 64, shape["D"] <= 32
-    if arch < 80 or (dtype == torch.float32 and wide):
-        each = ((16, 16, 8, 2), (16, 16, 8, 1), (16, 16, 8, 1))
+    if arch < 80:
+        each = ((32, 16, 8, 1),) * 3 if narrow else ((16, 16 if wide else 32, 8, 1), *((16, 16, 8, 1),) * 2)
     elif dtype == torch.float32:
-        each = ((32, 16, 4, 3),) * 3 if narrow else ((32, 32, 8, 3), (32, 16, 8, 3), (32, 16, 8, 3))
+        each = ((16, 16, 8, 2),) * 3 if wide else ((32, 16, 4, 3),) * 3 if narrow else ((32, 32, 8, 3), (32, 16, 8, 3), (32, 16, 8, 3))
     else:
-        each = ((64, 32, 8, 3), *((32, 32 if wide or narrow else 64, 4, 2),) * 2)
+        warps = 8 if wide else 4
+        each = ((64, 32, warps, 2 if wide else 3), (64, 64, 4, 1) if arch == 90 and not wide else (32, 32, warps, 3 if narrow else 2),
+                (32 if wide or narrow else 64, 32, warps, 2))
     return {at + name: value for at, values in zip(PASSES, each) for name, value in zip(NAMES, values)}
 
 
@@ -186,6 +188,11 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def in_float(q: Tensor) -> bool:
+    """Whether to compute in float32: without matrix instructions Triton multiplies halves in ever more registers, and spills."""
+    return configs.capability(q.device) < 80 and q.dtype != torch.float32
+
+
 def configured(q: Tensor) -> dict:
     (B, H, N, D), arch = q.shape, configs.capability(q.device)
     return configs.nearest(OP, arch, q.dtype, (("B", B), ("H", H), ("N", N), ("D", D))) or default(q.dtype, arch, B=B, H=H, N=N, D=D)
@@ -195,6 +202,9 @@ def launch(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: f
            config: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, H, N, D], a transposed [B, N, H, D]; row maxima (in units of log 2) and sums [B, H, N], float32."""
     B, H, N, D = q.shape
+    if in_float(q):
+        out, m, z = launch(q.float(), k.float(), v.float(), policy, scale, eps, config)
+        return out.to(q.dtype), m, z
     out = torch.empty(B, N, H, D, dtype=q.dtype, device=q.device)
     m, z = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
     config = config or configured(q)

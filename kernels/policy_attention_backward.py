@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .policy_attention import LOG2E, configured, dot, felt, finite, keep_rows, on, rows_of, split, tail
+from .policy_attention import LOG2E, configured, dot, felt, finite, in_float, keep_rows, on, rows_of, split, tail
 
 
 @triton.jit
@@ -51,12 +51,13 @@ def add_key_gradients(
 
 @triton.jit(do_not_specialize=["N", "H", "marks"])
 def key_gradient_kernel(
-    q, k, v, policy, dout, m, z, delta, dm, top, any_felt, dk, dv, dpolicy, N, H, marks, scale, eps,
+    q, k, v, policy, dout, m, z, delta, dm, top, any_felt, dqkv, dpolicy, N, H, marks, scale, eps,
     q_batch, q_head, q_row, q_channel, k_batch, k_head, k_row, k_channel, v_batch, v_head, v_row, v_channel, p_batch, p_row,
     g_batch, g_head, g_row, g_channel,
     D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):
-    """grid (B * H * tiles of KEYS keys), each over every query; dk, dv [B, H, N, D], dpolicy [B, H, N]: a share a head."""
+    """grid (B * H * tiles of KEYS keys), each over every query; dqkv [B, N, 3, H, D], of which it writes k's and v's; dpolicy
+    [B, H, N]: a share a head."""
     b, h, first = split(tl.program_id(0), N, H, KEYS)
     col = first + tl.arange(0, KEYS)
     kept = tl.load(policy + b * p_batch + col.to(tl.int64) * p_row, mask=col < N, other=0.0).to(tl.float32)
@@ -77,9 +78,9 @@ def key_gradient_kernel(
         key_acc, value_acc, policy_acc = add_key_gradients(
             key, value, kept, q, dout, m, z, delta, dm, top, key_acc, value_acc, policy_acc, b, h, col, start, N, H, scale, eps, some,
             q_batch, q_head, q_row, q_channel, g_batch, g_head, g_row, g_channel, D, WIDTH, EPS, QUERIES)
-    if TAIL > 0:
+    for start in tl.range(full, N, TAIL, num_stages=1):  # once at most; straight-line code spills
         key_acc, value_acc, policy_acc = add_key_gradients(
-            key, value, kept, q, dout, m, z, delta, dm, top, key_acc, value_acc, policy_acc, b, h, col, full, N, H, scale, eps, some,
+            key, value, kept, q, dout, m, z, delta, dm, top, key_acc, value_acc, policy_acc, b, h, col, start, N, H, scale, eps, some,
             q_batch, q_head, q_row, q_channel, g_batch, g_head, g_row, g_channel, D, WIDTH, EPS, TAIL)
     query = rows_of(q, b, h, col, N, q_batch, q_head, q_row, q_channel, D, WIDTH).to(tl.float32)  # a token sees itself whole
     up = rows_of(dout, b, h, col, N, g_batch, g_head, g_row, g_channel, D, WIDTH).to(tl.float32)
@@ -91,8 +92,8 @@ def key_gradient_kernel(
     missing = e * (1.0 - kept)
     key_acc += (de * missing)[:, None] * query
     value_acc += (missing * inverse)[:, None] * up
-    keep_rows(dk, key_acc * scale, head * D, col, N, D, D, WIDTH)
-    keep_rows(dv, value_acc, head * D, col, N, D, D, WIDTH)
+    keep_rows(dqkv, key_acc * scale, (3 * b * N + 1) * H * D + h * D, col, N, 3 * H * D, D, WIDTH)
+    keep_rows(dqkv, value_acc, (3 * b * N + 2) * H * D + h * D, col, N, 3 * H * D, D, WIDTH)
     tl.store(dpolicy + head + col, policy_acc, mask=col < N)
 
 
@@ -118,14 +119,14 @@ def add_query_gradients(
 
 @triton.jit(do_not_specialize=["N", "H"])
 def query_gradient_kernel(
-    q, k, v, policy, dout, out, m, z, delta, dm, top, any_felt, dq, N, H, scale, eps,
+    q, k, v, policy, dout, out, m, z, delta, dm, top, any_felt, dqkv, N, H, scale, eps,
     q_batch, q_head, q_row, q_channel, k_batch, k_head, k_row, k_channel, v_batch, v_head, v_row, v_channel, p_batch, p_row,
     g_batch, g_head, g_row, g_channel, o_batch, o_head, o_row, o_channel,
     D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):
-    """grid (B * H * tiles of QUERIES rows), each over every key; dq [B, H, N, D]; delta [B, H, N], the row sums of dout * out; where
-    any_felt, one a tile, is 1, dm and top [B, H, N] too: the gradient of each row's maximum, and the key it belongs to (-1: left out as
-    too small)."""
+    """grid (B * H * tiles of QUERIES rows), each over every key; dqkv [B, N, 3, H, D], of which it writes q's; delta [B, H, N], the row
+    sums of dout * out; any_felt, one a tile: whether in dm and top [B, H, N] are the gradient of each row's maximum and the key it
+    belongs to (-1: left out as too small)."""
     b, h, first = split(tl.program_id(0), N, H, QUERIES)
     row = first + tl.arange(0, QUERIES)
     query = rows_of(q, b, h, row, N, q_batch, q_head, q_row, q_channel, D, WIDTH)
@@ -170,9 +171,9 @@ def query_gradient_kernel(
         acc = add_query_gradients(
             query, up, k, v, policy, peak, inverse, shift, acc, b, h, start, N, scale, k_batch, k_head, k_row, k_channel,
             v_batch, v_head, v_row, v_channel, p_batch, p_row, D, WIDTH, EPS, KEYS, False)
-    if TAIL > 0:
+    for start in tl.range(full, N, TAIL, num_stages=1):  # once at most; straight-line code spills
         acc = add_query_gradients(
-            query, up, k, v, policy, peak, inverse, shift, acc, b, h, full, N, scale, k_batch, k_head, k_row, k_channel,
+            query, up, k, v, policy, peak, inverse, shift, acc, b, h, start, N, scale, k_batch, k_head, k_row, k_channel,
             v_batch, v_head, v_row, v_channel, p_batch, p_row, D, WIDTH, EPS, TAIL, True)
     kept = tl.load(policy + b * p_batch + row.to(tl.int64) * p_row, mask=row < N, other=1.0).to(tl.float32)
     key = rows_of(k, b, h, row, N, k_batch, k_head, k_row, k_channel, D, WIDTH)  # a token sees itself whole
@@ -182,14 +183,17 @@ def query_gradient_kernel(
     e = exponentials(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * (scale * LOG2E), peak, EPS)
     de = (tl.sum(up.to(tl.float32) * value.to(tl.float32), 1) - shift) * inverse
     acc += (de * e * (1.0 - kept))[:, None] * key.to(tl.float32)
-    keep_rows(dq, acc * scale, head * D, row, N, D, D, WIDTH)
+    keep_rows(dqkv, acc * scale, 3 * b * N * H * D + h * D, row, N, 3 * H * D, D, WIDTH)
 
 
 def launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: Tensor, m: Tensor, z: Tensor, scale: float,
-           eps: float, config: dict | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and policy."""
+           eps: float, config: dict | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients of q, k and v [B, N, 3, H, D], and of policy."""
+    if in_float(q):
+        dqkv, dpolicy = launch(dout.float(), q.float(), k.float(), v.float(), policy, out.float(), m, z, scale, eps, config)
+        return dqkv.to(q.dtype), dpolicy
     B, H, N, D = q.shape
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    dqkv = torch.empty(B, N, 3, H, D, dtype=q.dtype, device=q.device)
     delta, dpolicy, dm = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(3))
     top = torch.empty(B, H, N, dtype=torch.int32, device=q.device)
     config = config or configured(q)
@@ -201,9 +205,9 @@ def launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: T
         return {"D": D, "WIDTH": triton.next_power_of_2(D), "EPS": eps > 0, "QUERIES": config[at + "queries"], "KEYS": config[at + "keys"],
                 "TAIL": tail(N, config[at + passing]), "num_warps": config[at + "num_warps"], "num_stages": config[at + "num_stages"]}
     with on(q.device):
-        query_gradient_kernel[(B * H * marks,)](q, k, v, policy, dout, out, m, z, delta, dm, top, any_felt, dq, N, H, scale, eps,
+        query_gradient_kernel[(B * H * marks,)](q, k, v, policy, dout, out, m, z, delta, dm, top, any_felt, dqkv, N, H, scale, eps,
                                                 *strides, *out.stride(), **constants("dq_", "keys"))
         key_gradient_kernel[(B * H * triton.cdiv(N, config["dk_keys"]),)](  # reads what the first has written
-            q, k, v, policy, dout, m, z, delta, dm, top, any_felt, dk, dv, dpolicy, N, H, marks, scale, eps, *strides,
+            q, k, v, policy, dout, m, z, delta, dm, top, any_felt, dqkv, dpolicy, N, H, marks, scale, eps, *strides,
             **constants("dk_", "queries"))
-    return dq, dk, dv, dpolicy.sum(1).to(policy.dtype)
+    return dqkv, dpolicy.sum(1).to(policy.dtype)

@@ -1,5 +1,4 @@
 """Attention over short sequences, read from the fused qkv buffer: a dense batch, or packed rows with cu_seqlens."""
-import contextlib
 import math
 
 import torch
@@ -8,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .policy_attention import in_float, on
 
 OP = "short_attention"
 ONE_PASS = 256  # the most keys whose scores a program holds at once
@@ -230,15 +230,6 @@ def chosen(op: str, otherwise, qkv: Tensor, B: int, H: int, N: int, D: int) -> d
     """The configuration tuned for the nearest shape, or otherwise(dtype, arch, **shape)."""
     arch, shape = configs.capability(qkv.device), {"B": B, "H": H, "N": N, "D": D}
     return configs.nearest(op, arch, qkv.dtype, tuple(shape.items())) or otherwise(qkv.dtype, arch, **shape)
-
-
-def in_float(qkv: Tensor) -> bool:
-    """Whether to compute in float32: without matrix instructions Triton multiplies halves in ever more registers, and spills."""
-    return configs.capability(qkv.device) < 80 and qkv.dtype != torch.float32
-
-
-def on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def launch(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float, config: dict | None = None) -> Tensor:

@@ -70,14 +70,14 @@ void policy(const Width &width, int B, int H, int N, int D) {
   auto q = random_floats(all), k = random_floats(all), v = random_floats(all), up = random_floats(all), p = random_floats(B * N);
   for (int i = 0; i < B * N; i++) p[i] = p[i] > 0 ? 1 : i % 3 ? 0 : 0.5f;
   std::unique_ptr<float[]> out(new float[all]), m(new float[rows]), z(new float[rows]);
-  std::unique_ptr<float[]> dq(new float[all]), dk(new float[all]), dv(new float[all]), dp(new float[rows]);
+  std::unique_ptr<float[]> dqkv(new float[3 * all]), dp(new float[rows]);
   PolicyAttentionParams a{};
   a.q = q.get(), a.k = k.get(), a.v = v.get(), a.policy = p.get(), a.out = out.get(), a.m = m.get(), a.z = z.get();
   a.B = B, a.H = H, a.N = N, a.D = D, a.scale = 0.3f, a.eps = 1e-6f;
   const long long strides[4] = {(long long)H * N * D, (long long)N * D, D, 1};
   for (auto *of : {a.q_strides, a.k_strides, a.v_strides, a.out_strides, a.dout_strides}) std::copy(strides, strides + 4, of);
   width.run(a);
-  a.dout = up.get(), a.dq = dq.get(), a.dk = dk.get(), a.dv = dv.get(), a.dpolicy = dp.get();
+  a.dout = up.get(), a.dqkv = dqkv.get(), a.dpolicy = dp.get();
   width.run(a);
   for (int b = 0; b < B; b++) {
     for (int h = 0; h < H; h++) {
@@ -110,9 +110,10 @@ void policy(const Width &width, int B, int H, int N, int D) {
           for (int d = 0; d < D; d++) dq_[i * D + d] += ds[j] * k[at + j * D + d], dk_[j * D + d] += ds[j] * q[at + i * D + d];
       }
       for (int i = 0; i < N * D; i++) {
-        expect("gradient of q", width, dq[at + i], dq_[i]);
-        expect("gradient of k", width, dk[at + i], dk_[i]);
-        expect("gradient of v", width, dv[at + i], dv_[i]);
+        const float *row = dqkv.get() + ((long long)b * N + i / D) * 3 * H * D + h * D + i % D;
+        expect("gradient of q", width, row[0], dq_[i]);
+        expect("gradient of k", width, row[H * D], dk_[i]);
+        expect("gradient of v", width, row[2 * H * D], dv_[i]);
       }
       for (int j = 0; j < N; j++)
         if (p[b * N + j] > 0) expect("gradient of the policy", width, dp[at / D + j], dp_[j], 10);

@@ -53,6 +53,8 @@ OPERATORS = {
         lambda: ops.policy_attention(q(), q(), q(), Z(2, 5).bool()),
     "policy_attention: k must be on q's device cpu, got meta": lambda: ops.policy_attention(q(), q().to("meta"), q(), Z(2, 5)),
     "policy_attention: policy must be on q's device cpu, got meta": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5, device="meta")),
+    "split_qkv: qkv must be [B, N, 3*H*D], got (3, 5)": lambda: ops.split_qkv(Z(3, 5), 1),
+    "split_qkv: num_heads must be a divisor of 24 / 3 channels, got 3": lambda: ops.split_qkv(Z(2, 5, 24), 3),
     "policy_attention: eps must be >= 0, got -1.0": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps=-1.0),
     "short_attention: qkv must be [B, N, 3*H*D], got (5, 36)": lambda: ops.short_attention(Z(5, 36), num_heads=3),
     "short_attention: num_heads must be a positive int that divides 36 / 3, got 5": lambda: ops.short_attention(Z(2, 5, 36), num_heads=5),

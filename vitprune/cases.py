@@ -87,7 +87,7 @@ def _packed_attention(s: Size, make: _Maker):
 def _policy_attention(s: Size, make: _Maker):
     """In training all tokens stay: the policy says which count."""
     def run(qkv, policy):
-        return ops.policy_attention(*qkv.unflatten(-1, (3, s.H, 64)).permute(2, 0, 3, 1, 4).unbind(0), policy)
+        return ops.policy_attention(*ops.split_qkv(qkv, s.H), policy)
     return run, [make.normal(s.B, s.tokens, 3 * 64 * s.H), make.mask(s.B, s.tokens, share=s.keep).to(make.dtype)]
 
 

@@ -138,7 +138,8 @@ class PrunedAttention(Attention):
         dims = self._dims()
         q = k = v = None
         if normed or class_attention or policy is not None or masked or dropout or dims is not None:
-            q, k, v = qkv.unflatten(-1, (3, H, self.head_dim)).unbind(-3)  # [B, N, H, D]
+            q, k, v = (qkv.unflatten(-1, (3, H, self.head_dim)).unbind(-3) if cu_seqlens is not None else
+                       (t.transpose(1, 2) for t in ops.split_qkv(qkv, H)))  # [B, N, H, D]
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
             if dims is not None:
                 q, v = q * dims[0].to(q.dtype), v * dims[1].to(v.dtype)

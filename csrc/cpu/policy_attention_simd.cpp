@@ -167,9 +167,9 @@ void differentiate(const Params &p, const Head &h, float *scores, float *da, flo
 void backward(const Params &p, const Head &h, int b, int head) {
   const Rows q = rows_of(p, p.q, p.q_strides, b, head), k = rows_of(p, p.k, p.k_strides, b, head);
   const Rows v = rows_of(p, p.v, p.v_strides, b, head), out = rows_of(p, p.out, p.out_strides, b, head);
-  const long long grad_strides[4] = {(long long)p.H * p.N * p.D, (long long)p.N * p.D, p.D, 1};
-  const Rows dout = rows_of(p, p.dout, p.dout_strides, b, head), dq = rows_of(p, p.dq, grad_strides, b, head);
-  const Rows dk = rows_of(p, p.dk, grad_strides, b, head), dv = rows_of(p, p.dv, grad_strides, b, head);
+  const long long C = (long long)p.H * p.D, grad_strides[4] = {p.N * 3 * C, p.D, 3 * C, 1};
+  const Rows dout = rows_of(p, p.dout, p.dout_strides, b, head), dq = rows_of(p, p.dqkv, grad_strides, b, head);
+  const Rows dk = rows_of(p, p.dqkv, grad_strides, b, head + p.H), dv = rows_of(p, p.dqkv, grad_strides, b, head + 2 * p.H);
   const long long bhn = ((long long)b * p.H + head) * p.N;
   for (int j = 0; j < h.n; j++) h.policy[j] = j < p.N ? p.policy[(long long)b * p.N + j] : 0, h.dpolicy[j] = 0;
   read(k, 0, p.N, h.d, h.k);

@@ -41,6 +41,12 @@ __device__ Rows<T> rows_of(const void *x, const long long (&strides)[4], const P
   return {(const T *)x + at.b * strides[0] + at.h * strides[1], strides[2]};
 }
 
+// Where the gradient of q (which = 0), k or v at that row begins.
+template <typename T>
+__device__ T *gradient_of(const PolicyAttentionParams &p, const Place &at, int row, int which) {
+  return (T *)p.dqkv + (((at.b * p.N + row) * 3 + which) * p.H + at.h) * p.D;
+}
+
 template <typename S, int ROWS, typename T>
 __device__ void fetch(T *to, const Rows<T> &from, int first, const PolicyAttentionParams &p) {
   copy_tile<ROWS, S::UNITS, S::PITCH, 32 * S::WARPS>(to, from.data + first * from.stride, from.stride, p.N - first, p.D);

@@ -134,7 +134,7 @@ __device__ void query_gradient(const PolicyAttentionParams &p) {
   UNROLL for (int r = 0; r < 2; r++) {
     const int row = own + g + 8 * r;
     if (row >= p.N) continue;
-    T *dq = (T *)p.dq + (at.head + row) * p.D + t;
+    T *dq = gradient_of<T>(p, at, row, 0) + t;
     UNROLL for (int i = 0; i < WIDTH / 8; i++)
       if (i * 8 < p.D) store_pair(dq + i * 8, acc[i][2 * r] * p.scale, acc[i][2 * r + 1] * p.scale);
   }
@@ -224,11 +224,11 @@ __device__ void key_gradient(const PolicyAttentionParams &p) {
     const int row = own + g + 8 * r;
     dpolicy[r] = row_sum(dpolicy[r]);
     if (row >= p.N) continue;
-    const long long to = (at.head + row) * p.D + t;
+    T *to_k = gradient_of<T>(p, at, row, 1) + t, *to_v = gradient_of<T>(p, at, row, 2) + t;
     UNROLL for (int i = 0; i < WIDTH / 8; i++) {
       if (i * 8 >= p.D) continue;
-      store_pair((T *)p.dk + to + i * 8, dk[i][2 * r] * p.scale, dk[i][2 * r + 1] * p.scale);
-      store_pair((T *)p.dv + to + i * 8, dv[i][2 * r], dv[i][2 * r + 1]);
+      store_pair(to_k + i * 8, dk[i][2 * r] * p.scale, dk[i][2 * r + 1] * p.scale);
+      store_pair(to_v + i * 8, dv[i][2 * r], dv[i][2 * r + 1]);
     }
     if (t == 0) p.dpolicy[at.head + row] = dpolicy[r];
   }

@@ -8,6 +8,12 @@ from . import KINDS, _native
 OP = "policy_attention"
 
 
+def gradients_like(q: Tensor) -> Tensor:
+    """Room for the gradients of q, k and v [B, H, N, D], side by side as where they come from: [B, N, 3, H, D]."""
+    B, H, N, D = q.shape
+    return torch.empty(B, N, 3, H, D, dtype=q.dtype, device=q.device)
+
+
 def refuses_cpp(device: torch.device, dtype: torch.dtype, **_) -> str | None:
     """Why `cpp` cannot serve, or None. dtype: of q, k and v."""
     return native.reason_cpp(device) or (None if dtype in (torch.float32, torch.bfloat16) else f"no kernel for {dtype}")
@@ -23,12 +29,12 @@ def cpp(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: floa
 
 
 def backward_cpp(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: Tensor, m: Tensor, z: Tensor,
-                 scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and policy."""
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+                 scale: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of q, k and v [B, N, 3, H, D], and of policy."""
+    dqkv = gradients_like(q)
     dpolicy = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    _run(scale, eps, (q, k, v, policy, out, m, z), dout, dq, dk, dv, dpolicy)
-    return dq, dk, dv, dpolicy.sum(1).to(policy.dtype)
+    _run(scale, eps, (q, k, v, policy, out, m, z), dout, dqkv, dpolicy)
+    return dqkv, dpolicy.sum(1).to(policy.dtype)
 
 
 def _run(scale: float, eps: float, forward: tuple[Tensor, ...], dout: Tensor | None = None, *gradients: Tensor) -> None:
@@ -41,7 +47,7 @@ def _params(scale: float, eps: float, forward: tuple[Tensor, ...], dout: Tensor 
     """The struct of both; rest: gradients and what else it ends with."""
     q, k, v, _, out, *_ = forward
     strided = (q, k, v, out, out if dout is None else dout)
-    addresses = [0 if t is None else t.data_ptr() for t in (*forward, dout, *rest, *(None,) * (7 - len(rest)))]
+    addresses = [0 if t is None else t.data_ptr() for t in (*forward, dout, *rest, *(None,) * (5 - len(rest)))]
     return _native.PolicyAttentionParams(tuple(addresses), tuple(q.shape), tuple(s for t in strided for s in t.stride()), scale, eps,
                                          q.dtype == torch.bfloat16)
 
@@ -66,17 +72,17 @@ def cuda(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: flo
 
 
 def backward_cuda(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: Tensor, m: Tensor, z: Tensor,
-                  scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and policy in two launches."""
-    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+                  scale: float, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of q, k and v [B, N, 3, H, D], and of policy, in two launches."""
+    dqkv = gradients_like(q)
     dpolicy, delta, dm = (torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) for _ in range(3))
     top = torch.empty(q.shape[:3], dtype=torch.int32, device=q.device)
     dout, q, k, v, out = map(_aligned, (dout, q, k, v, out))
     kept = policy.float().contiguous()
-    params = _params(scale, eps, (q, k, v, kept, out, m, z), dout, dq, dk, dv, dpolicy, delta, dm, top)
+    params = _params(scale, eps, (q, k, v, kept, out, m, z), dout, dqkv, dpolicy, delta, dm, top)
     _launch(f"{OP}_backward", "query_gradient", 2, params, q)  # writes delta, dm and top
     _launch(f"{OP}_backward", "key_gradient", 2, params, q)
-    return dq, dk, dv, dpolicy.sum(1).to(policy.dtype)
+    return dqkv, dpolicy.sum(1).to(policy.dtype)
 
 
 def _launch(source: str, which: str, own: int, params, q: Tensor) -> None:

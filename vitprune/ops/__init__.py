@@ -2,7 +2,7 @@
 from .add_norm import add_norm
 from .compact_tokens import compact_tokens, expand_rows
 from .linear import linear
-from .policy_attention import policy_attention, softmax_with_policy
+from .policy_attention import policy_attention, softmax_with_policy, split_qkv
 from .registry import backend
 from .score_tokens import score_tokens
 from .select_tokens import select_tokens
@@ -11,4 +11,4 @@ from .sliced_linear import sliced_linear
 from .sliced_mlp import sliced_mlp
 
 __all__ = ["add_norm", "backend", "compact_tokens", "expand_rows", "linear", "policy_attention", "score_tokens",
-           "select_tokens", "short_attention", "sliced_linear", "sliced_mlp", "softmax_with_policy"]
+           "select_tokens", "short_attention", "sliced_linear", "sliced_mlp", "softmax_with_policy", "split_qkv"]

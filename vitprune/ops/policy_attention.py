@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native import policy_attention as native
-from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, large, on_device, run, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, is_int, large, on_device, run, serve
 
 OP = "policy_attention"
 
@@ -27,6 +27,43 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, scale: 
     fits = True if D % 16 == 0 and 16 <= D <= 128 else False  # a branch, not the size: a graph with dynamic sizes has none to choose by
     name = choose(OP, q.device, q.dtype, fits=fits, large=large(B * N))
     return call(OP, name, q, k, v, policy, D ** -0.5 if scale is None else scale, eps)[0]
+
+
+class _Split(torch.autograd.Function):
+    """Views of a fused buffer, whose gradient, where a kernel has written it as one buffer, is taken as it lies."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+        return _heads(qkv, num_heads)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        (B, H, N, D), first = grads[0].shape, grads[0]
+        C, size = H * D, first.element_size()
+        side_by_side = not torch.is_grad_enabled() and all(
+            g.stride() == (3 * N * C, D, 3 * C, 1) and g.dtype == first.dtype and g.data_ptr() == first.data_ptr() + i * C * size
+            and g.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for i, g in enumerate(grads))
+        if side_by_side:
+            return first.as_strided((B, N, 3 * C), (3 * N * C, 3 * C, 1)), None
+        return torch.stack(grads, 2).transpose(1, 3).flatten(2), None
+
+
+def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """q, k and v [B, H, N, D], views of a fused buffer qkv [B, N, 3*H*D].
+
+    The gradient that kernels of `policy_attention` give for them is one buffer already and not copied together again, which in a training
+    step of DeiT-S on an H200 took nearly as long as the gradient of the keys. Raises ValueError where heads do not divide the channels.
+    """
+    qkv.dim() == 3 or fail("split_qkv", "qkv", "[B, N, 3*H*D]", qkv.shape)
+    (is_int(num_heads) and num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0) or fail(
+        "split_qkv", "num_heads", f"a divisor of {qkv.shape[-1]} / 3 channels", num_heads)
+    plain = (not (torch.is_grad_enabled() and qkv.requires_grad) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+             or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0)
+    return _heads(qkv, num_heads) if plain else _Split.apply(qkv, num_heads)
+
+
+def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    return qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads))).transpose(1, 3).unbind(2)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float) -> torch.Size:
@@ -112,8 +149,8 @@ def _forward(q, k, v, policy, scale: float, eps: float, backend: str) -> tuple[T
     return _mix(a, v.to(a.dtype), policy, eps).to(v.dtype), m[..., 0], z[..., 0]
 
 
-def _backward(dout, q, k, v, policy, out, m, z, scale: float, eps: float, backend: str) -> tuple[Tensor, ...]:
-    """Closed form."""
+def _backward(dout, q, k, v, policy, out, m, z, scale: float, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    """Closed form: the gradients of q, k and v side by side, [B, N, 3, H, D], and that of the policy."""
     if backend == "triton":
         from ..kernels import policy_attention_backward as triton
         return triton.launch(dout, q, k, v, policy, out, m, z, scale, eps)
@@ -135,8 +172,8 @@ def _backward(dout, q, k, v, policy, out, m, z, scale: float, eps: float, backen
         ds = ds.scatter_add(-1, e.argmax(-1, keepdim=True), dm)
     ds = ds * scale
     off = de * e * (1 - torch.eye(q.shape[2], dtype=dtype, device=q.device))
-    return ((ds @ clean_k).to(q.dtype), (ds.transpose(-2, -1) @ q.to(dtype)).to(k.dtype),
-            (a.transpose(-2, -1) @ do).to(v.dtype), off.sum((1, 2)).to(policy.dtype))
+    dqkv = torch.stack((ds @ clean_k, ds.transpose(-2, -1) @ q.to(dtype), a.transpose(-2, -1) @ do)).to(q.dtype)
+    return dqkv.permute(1, 3, 0, 2, 4).contiguous(), off.sum((1, 2)).to(policy.dtype)
 
 
 def _setup(ctx, inputs, output) -> None:
@@ -146,8 +183,8 @@ def _setup(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, dout, dm, dz):
-    grads = run(OP + "_backward", dout, *ctx.saved_tensors, ctx.scale, ctx.eps, ctx.backend)
-    return *grads, None, None, None
+    dqkv, dpolicy = run(OP + "_backward", dout, *ctx.saved_tensors, ctx.scale, ctx.eps, ctx.backend)
+    return *dqkv.transpose(1, 3).unbind(2), dpolicy, None, None, None
 
 
 def _fake(q, k, v, policy, scale, eps, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,8 +214,8 @@ def _macs(q, k, v, policy, *_) -> int:
 define(OP, "(Tensor q, Tensor k, Tensor v, Tensor policy, float scale, float eps, str backend) -> (Tensor, Tensor, Tensor)",
        _forward, _fake, cast=("q", "k", "v"), macs=_macs)  # the policy's gradient, a sum over heads and rows, may leave float16
 define(OP + "_backward", "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor policy, Tensor out, Tensor m, Tensor z, "
-       "float scale, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)", _backward,
-       lambda dout, q, k, v, policy, *_: tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v, policy)),
+       "float scale, float eps, str backend) -> (Tensor, Tensor)", _backward,
+       lambda dout, q, k, v, policy, *_: (q.new_empty(q.shape[0], q.shape[2], 3, q.shape[1], q.shape[3]), policy.new_empty(policy.shape)),
        macs=lambda dout, q, *_: 5 * q[0] * q[1] * q[2] ** 2 * q[3])
 gradient(OP, _gradient, _setup)
 # On an H200 CUDA C++ is faster than Triton, and both than PyTorch compiled.
