@@ -14,7 +14,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @triton.jit
-def _statistics(s, inside, eps, C: tl.constexpr):
+def statistics(s, inside, eps, C: tl.constexpr):
     """Normalised rows (0 outside) and 1 / standard deviation, in two passes over registers."""
     centred = tl.where(inside, s - (tl.sum(s, 1) / C)[:, None], 0.0)
     rstd = (1.0 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps))[:, None]
@@ -40,7 +40,7 @@ def add_norm_kernel(
     total = total.to(s.dtype.element_ty)  # the norm is that of the sum returned: the gradient sees the same one
     out = row[:, None] * C + channel[None, :]
     tl.store(s + out, total, mask=inside)
-    normal, _ = _statistics(total.to(tl.float32), inside, eps, C)
+    normal, _ = statistics(total.to(tl.float32), inside, eps, C)
     normal *= tl.load(weight + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         normal += tl.load(bias + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
@@ -69,7 +69,7 @@ def add_norm_backward_kernel(
         total = tl.load(s + b * s_batch + n * s_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         up = tl.load(dy + b * dy_batch + n * dy_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         passed = tl.load(ds + b * ds_batch + n * ds_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        normal, rstd = _statistics(total, inside, eps, C)
+        normal, rstd = statistics(total, inside, eps, C)
         dn = up * w
         dn = dn - (tl.sum(dn, 1) / C)[:, None] - normal * (tl.sum(dn * normal, 1) / C)[:, None]
         grad = dn * rstd + passed
@@ -135,13 +135,13 @@ def refuses(device: torch.device, dtype: torch.dtype, *, residual: torch.dtype =
     return f"more channels than the {MAX_CHANNELS} that a program can hold" if wide else None
 
 
-def _rows(t: Tensor) -> Tensor:
+def as_rows(t: Tensor) -> Tensor:
     """[batch, rows, C] with channels side by side; a copy only where strides do not allow it."""
     t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
     return t.reshape(-1, *t.shape[-2:]) if t.dim() > 1 else t[None, None]
 
 
-def _on(device: torch.device):
+def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -160,9 +160,9 @@ def launch(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, gam
         return s, y
     C, R = x.shape[-1], s.numel() // x.shape[-1]
     config = config or _config(s, R, C)
-    x, residual = _rows(x), _rows(residual)
+    x, residual = as_rows(x), as_rows(residual)
     vectors = [t if t is None else t.contiguous() for t in (weight, bias, gamma)]
-    with _on(s.device):
+    with on(s.device):
         add_norm_kernel[(triton.cdiv(R, config["rows"]),)](
             x, residual, *vectors, s, y, R, x.shape[1], *x.stride()[:2], *residual.stride()[:2], eps,
             C=C, ROWS=config["rows"], CHANNELS=triton.next_power_of_2(C), num_warps=config["num_warps"])
@@ -178,11 +178,11 @@ def launch_backward(ds: Tensor, dy: Tensor, s: Tensor, residual: Tensor, weight:
     vectors = [torch.empty(weight.shape, dtype=weight.dtype, device=s.device) for _ in range(3)]
     C, R = s.shape[-1], s.numel() // s.shape[-1]
     config = config or _config(s, R, C)
-    ds, dy, s, residual = (_rows(t) for t in (ds, dy, s, residual))
+    ds, dy, s, residual = (as_rows(t) for t in (ds, dy, s, residual))
     weight, gamma = weight.contiguous(), gamma if gamma is None else gamma.contiguous()
     programs = min(config["programs"], triton.cdiv(R, config["backward_rows"]))
     partial = torch.empty(3, programs, C, dtype=torch.float32, device=s.device)
-    with _on(s.device):
+    with on(s.device):
         add_norm_backward_kernel[(programs,)](
             ds, dy, s, residual, weight, gamma, dx, dresidual, partial, R, s.shape[1], programs,
             *(stride for t in (ds, dy, s, residual) for stride in t.stride()[:2]), eps,

@@ -239,7 +239,7 @@ def test_calls_are_repeated_as_the_trainer_makes_them(monkeypatch, amp, dtype):
     monkeypatch.setattr(shares, "times", once)
     row = shares.shares("small", 2, torch.device("cpu"), training=True)
     assert row["dtype"] == dtype
-    assert row["calls"] == {"add_norm": 10, "policy_attention": 7, "short_attention": 3, "sliced_linear": 20, "sliced_mlp": 10}
+    assert row["calls"] == {"add_norm": 10, "layer_norm": 11, "policy_attention": 7, "short_attention": 3, "sliced_linear": 20, "sliced_mlp": 10}
     assert row["share"] == row["calls"]
     assert shares.shares("small", 2, torch.device("cpu"), training=False)["calls"]["select_tokens"] == 3
 

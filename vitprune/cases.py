@@ -17,7 +17,7 @@ HEADS = {"tiny": 3, "small": 6, "base": 12}  # DeiT; every head is 64 wide
 KEEPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 BATCHES = (1, 8, 32, 128, 512, 1024)
 TOKENS = 197
-INFERENCE = ("select_tokens", "score_tokens", "compact_tokens", "expand_rows")  # where the gradient is not worth timing
+INFERENCE = ("select_tokens", "score_tokens", "compact_tokens", "expand_rows", "layer_norm")  # where the gradient is not worth timing
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,11 @@ def _add_norm(s: Size, make: _Maker):
         make.normal(s.B, s.kept, C), make.normal(s.B, s.kept, C), make.normal(C), make.normal(C)]
 
 
+def _layer_norm(s: Size, make: _Maker):
+    C = 64 * s.H
+    return (lambda x, w, b: ops.layer_norm(x, w, b, 1e-6)), [make.normal(s.B, s.kept, C), make.normal(C), make.normal(C)]
+
+
 def _short_attention(s: Size, make: _Maker):
     return (lambda qkv: ops.short_attention(qkv, num_heads=s.H)), [make.normal(s.B, s.kept, 3 * 64 * s.H)]
 
@@ -116,6 +121,7 @@ def _sliced_mlp(s: Size, make: _Maker):
 
 CASES: dict[str, Callable] = {  # operator, or operator and form -> (function, its tensors)
     "select_tokens": _select_tokens, "compact_tokens": _compact_tokens, "expand_rows": _expand_rows, "add_norm": _add_norm,
+    "layer_norm": _layer_norm,
     "short_attention": _short_attention, "short_attention packed": _packed_attention, "policy_attention": _policy_attention,
     "score_tokens": _score_tokens,
     "sliced_linear out": lambda s, make: _sliced_linear(s, make, "out"), "sliced_linear in": lambda s, make: _sliced_linear(s, make, "in"),

@@ -17,7 +17,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .layers import PatchProduct, adopt, compact_block
+from .dense import PatchProduct
+from .layers import adopt, compact_block
 from .resume import sync
 from .tokens import TokenPruning
 from .vit import PrunedDistilledViT, PrunedViT

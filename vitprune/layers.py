@@ -3,12 +3,13 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from timm.layers import Attention, Format, LayerScale, Mlp, PatchEmbed
+from timm.layers import Attention, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import ops
+from .dense import dense, drop, normalise, watched
 from .ops.sliced_linear import block_index
 
 
@@ -18,25 +19,6 @@ def adopt(cls: type[nn.Module], module: nn.Module) -> nn.Module:
     new.__dict__.update(module.__dict__)
     new._prepare()
     return new
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether a hook expects to see this module called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
-    """act(layer(x)) or residual + layer(x), in one call where both are as timm made them and nobody watches them."""
-    if type(layer) is nn.Linear and not _watched(layer) and (act is None or not _watched(act)):
-        return ops.linear(x, layer.weight, layer.bias, gelu=act is not None, residual=residual, packed=layer.__dict__.get("packed"))
-    x = layer(x)
-    x = x if act is None else act(x)
-    return x if residual is None else residual + x
-
-
-def _drop(dropout: nn.Module, x: Tensor) -> Tensor:
-    """Dropout; in evaluation not even called, which at batch 1 is a percent of the time."""
-    return dropout(x) if dropout.training or _watched(dropout) else x
 
 
 def _live_buffer(module: nn.Module, kind: str, ids: Sequence[int] | None, count: int) -> None:
@@ -52,29 +34,6 @@ def _live_buffer(module: nn.Module, kind: str, ids: Sequence[int] | None, count:
             raise ValueError(f"{name}: live must be ascending ids of {kind} in 0..{count - 1}, each once, got {ids}")
         ids = None if len(ids) == count else torch.tensor(ids, dtype=torch.int32, device=device)
     module.register_buffer("live", ids, persistent=False)
-
-
-class PatchProduct(PatchEmbed):
-    """timm's `PatchEmbed` (same arguments, same parameter names) as one matrix product, since patches do not overlap.
-
-    Pruning does not make this part smaller: by cuDNN's convolution it was a quarter of a pruned DeiT-S on an H200.
-    """
-
-    def _prepare(self) -> None:
-        pass
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> patches [B, N, C], or [B, H/h, W/w, C] where sizes are free; other convolutions and padding are timm's."""
-        (B, C, H, W), (h, w), conv = x.shape, self.patch_size, self.proj
-        plain = type(conv) is nn.Conv2d and conv.kernel_size == conv.stride == (h, w) and conv.padding == (0, 0)
-        plain = plain and conv.dilation == (1, 1) and conv.groups == 1 and not _watched(conv)
-        plain = plain and (self.flatten or self.output_fmt == Format.NHWC)
-        fits = (H, W) == self.img_size if self.img_size is not None and self.strict_img_size else H % h == 0 and W % w == 0
-        if not (plain and fits):
-            return super().forward(x)
-        x = x.reshape(B, C, H // h, h, W // w, w).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * h * w)
-        x = ops.linear(x, conv.weight.flatten(1), conv.bias)
-        return self.norm(x if self.flatten else x.unflatten(1, (H // h, W // w)))
 
 
 class PrunedAttention(Attention):
@@ -131,7 +90,7 @@ class PrunedAttention(Attention):
         if H == 0:
             if class_attention:
                 raise ValueError("PrunedAttention: class_attention must be False in a layer without heads")
-            return _drop(self.proj_drop, self._proj(x[..., :0]))
+            return drop(self.proj_drop, self._proj(x[..., :0]))
         qkv = self._qkv(x)
         normed = not isinstance(self.q_norm, nn.Identity)
         dropout = self.attn_drop.p if self.training else 0.0
@@ -158,7 +117,7 @@ class PrunedAttention(Attention):
             y = y.transpose(1, 2).flatten(2)
         if self.head_gate is not None and self.live is None:  # live heads were chosen: what their gates would do is done
             y = (y.unflatten(-1, (H, self.head_dim)) * self.head_gate().to(y.dtype)[:, None]).flatten(-2)
-        out = _drop(self.proj_drop, self._proj(y))
+        out = drop(self.proj_drop, self._proj(y))
         return (out, _class_attention(q, k, self.scale)) if class_attention else out
 
     def _dims(self) -> Tensor | None:
@@ -172,13 +131,13 @@ class PrunedAttention(Attention):
 
     def _qkv(self, x: Tensor) -> Tensor:
         if self.live is None:
-            return _dense(self.qkv, x)
+            return dense(self.qkv, x)
         blocks = torch.cat([self.live + i * self.num_heads for i in range(3)])
         return ops.sliced_linear(x, self.qkv.weight, self.qkv.bias, blocks, side="out", width=self.head_dim)
 
     def _proj(self, y: Tensor) -> Tensor:
         if self.live is None:
-            return _dense(self.proj, y)
+            return dense(self.proj, y)
         return ops.sliced_linear(y, self.proj.weight, self.proj.bias, self.live, side="in", width=self.head_dim)
 
 
@@ -228,10 +187,10 @@ class PrunedMlp(Mlp):
         if residual is not None and self.training and self.drop2.p > 0:
             return residual + self(x)
         if self.live is None:
-            y = _drop(self.drop1, _dense(self.fc1, x, self.act))
+            y = drop(self.drop1, dense(self.fc1, x, self.act))
             if self.hidden_gate is not None:
                 y = (y.unflatten(-1, (-1, self.width)) * self.hidden_gate().to(y.dtype)[:, None]).flatten(-2)
-            y = _dense(self.fc2, y, residual=residual)
+            y = dense(self.fc2, y, residual=residual)
         elif self.training and self.drop1.p > 0:
             y = ops.sliced_linear(x, self.fc1.weight, self.fc1.bias, self.live, side="out", width=self.width)
             y = ops.sliced_linear(self.drop1(self.act(y)), self.fc2.weight, self.fc2.bias, self.live, side="in", width=self.width)
@@ -239,7 +198,7 @@ class PrunedMlp(Mlp):
         else:
             y = ops.sliced_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.live, width=self.width,
                                residual=residual)
-        return _drop(self.drop2, y)
+        return drop(self.drop2, y)
 
 
 class PrunedBlock(Block):
@@ -253,7 +212,7 @@ class PrunedBlock(Block):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, policy: Tensor | None = None,
                 *, class_attention: bool = False, **packed) -> Tensor | tuple[Tensor, Tensor]:
         """x [B, N, C] (or packed rows [T, C]) -> the same shape; the other arguments are PrunedAttention's."""
-        y = self.attn(self.norm1(x), attn_mask, is_causal, policy, class_attention=class_attention, **packed)
+        y = self.attn(normalise(self.norm1, x), attn_mask, is_causal, policy, class_attention=class_attention, **packed)
         y, scores = y if class_attention else (y, None)
         if isinstance(self.norm2, nn.LayerNorm) and isinstance(self.ls1, (nn.Identity, LayerScale)):
             x, y = ops.add_norm(x, self.drop_path1(y), self.norm2.weight, self.norm2.bias, self.norm2.eps,
@@ -261,7 +220,7 @@ class PrunedBlock(Block):
         else:
             x = x + self.drop_path1(self.ls1(y))
             y = self.norm2(x)
-        if isinstance(self.ls2, nn.Identity) and isinstance(self.drop_path2, nn.Identity) and not _watched(self.mlp):
+        if isinstance(self.ls2, nn.Identity) and isinstance(self.drop_path2, nn.Identity) and not watched(self.mlp):
             x = self.mlp(y, x)
         else:
             x = x + self.drop_path2(self.ls2(self.mlp(y)))

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from .ops.registry import MACS, backend
 
 # What fvcore counts that is a product of matrices; the rest of what it counts is normalisation and resampling.
-PRODUCTS = {"linear", "conv", "matmul", "mm", "bmm", "addmm", "einsum", "scaled_dot_product_attention", *MACS}
+PRODUCTS = {"linear", "conv", "matmul", "mm", "bmm", "addmm", "einsum", "scaled_dot_product_attention", *MACS} - {"layer_norm"}
 
 # Operators that cost nothing in both conventions and carry no tag that says so: copies, indexing, ordering, pooling, and
 # normalisation (which fvcore counts and torch does not). Anything in neither list is an error.
@@ -141,9 +141,9 @@ def _by_fvcore(model: nn.Module, images: Tensor) -> tuple[dict[str, int], dict[s
     analysis = FlopCountAnalysis(model, images).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
     analysis.set_op_handle("aten::scaled_dot_product_attention", _attention, "aten::einsum", _einsum,
-                           "vitprune::add_norm", _add_norm)
+                           "vitprune::add_norm", _norm, "vitprune::layer_norm", _norm)
     for op in MACS:
-        if op != "add_norm":
+        if op not in ("add_norm", "layer_norm"):
             analysis.set_op_handle(f"vitprune::{op}", lambda inputs, outputs, op=op: MACS[op](*map(_value, inputs)))
     analysis.total()
     unknown = [op for op in analysis.unsupported_ops() if not _free(op)]
@@ -187,6 +187,6 @@ def _einsum(inputs, outputs) -> int:
     return prod(sizes.values())
 
 
-def _add_norm(inputs, outputs) -> dict[str, int]:
+def _norm(inputs, outputs) -> dict[str, int]:
     from collections import Counter
     return Counter({"layer_norm": 5 * prod(inputs[0].type().sizes())})

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from . import learned, ops
 from .blocks import BlockPruning
-from .layers import PatchProduct, PrunedAttention, PrunedBlock, PrunedMlp, adopt, compact_block
+from .dense import PatchProduct, normalise
+from .layers import PrunedAttention, PrunedBlock, PrunedMlp, adopt, compact_block
 from .tokens import TokenPredictor, TokenPruning, sample_policy
 
 
@@ -104,7 +105,7 @@ class _Pruned:
                 x = block(state.x, **options)
             x, scores = x if "class_attention" in options else (x, None)
             state = state._replace(x=x)
-        x = self.norm(state.x)
+        x = normalise(self.norm, state.x)
         if state.cu_seqlens is not None:
             x = ops.expand_rows(x, state.cu_seqlens, state.mask)
         return state._replace(x=x)
