@@ -29,7 +29,7 @@ def default(dtype: torch.dtype, arch: int, *, C: int, R: int = 0) -> dict:
     """rows: of a program."""
     width = triton.next_power_of_2(C)
     elements = 1024 if arch < 80 else 2048
-    return {"rows": max(1, elements // width), "num_warps": 8 if width > elements else 4}
+    return {"rows": max(1, elements // width), "num_warps": min(16, 4 * max(1, width // 1024))}
 
 
 def candidates(dtype: torch.dtype, arch: int, *, C: int, R: int = 0) -> list[dict]:

@@ -163,7 +163,7 @@ def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
     else:
         warps = 8 if wide else 4
         each = ((64, 32, warps, 2 if wide else 3), (64, 64, 4, 1) if arch == 90 and not wide else (32, 32, warps, 3 if narrow else 2),
-                (32 if wide or narrow else 64, 32, warps, 2))
+                (32 if wide or narrow else 64, 32, warps, 3 if arch == 90 and not wide and not narrow else 2))
     return {at + name: value for at, values in zip(PASSES, each) for name, value in zip(NAMES, values)}
 
 

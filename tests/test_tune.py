@@ -277,9 +277,9 @@ def test_configurations_are_checked_and_the_fastest_is_used(machine):
         warnings.simplefilter("always")
         assert configs.nearest(OP, 80, torch.float32, (("R", 200),)) == FAST
         assert not said
-        for rows in (300, 400):
+        for rows in (300, 900, 1000):
             assert configs.nearest(OP, 80, torch.float32, (("R", rows),)) == FAST
-    assert [str(w.message) for w in said] == ["toy: no launch configuration is tuned for R 300, that of R 200 serves; said once"]
+    assert [str(w.message) for w in said] == ["toy: no launch configuration is tuned for R 900, that of R 200 serves; said once"]
     assert configs.nearest(OP, 80, torch.float16, (("R", 300),)) is None
 
 

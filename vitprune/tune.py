@@ -240,8 +240,12 @@ def configure(trial: Trial, state: State, min_time: float, synchronise: Callable
             except Exception:  # a configuration may ask for more than the card has
                 continue
             ready[str(i)] = (call, option)
-        times = interleave({i: call for i, (call, _) in ready.items()}, min_time=min_time, synchronise=synchronise)
-        for i in sorted(times, key=lambda i: statistics.median(times[i])):
+        calls = {i: call for i, (call, _) in ready.items()}
+        if state.device.type == "cuda":  # the same launch whatever the configuration: only the GPU's time tells them apart
+            times = gpu_times(calls, state.device)
+        else:
+            times = {i: statistics.median(t) for i, t in interleave(calls, min_time=min_time, synchronise=synchronise).items()}
+        for i in sorted(times, key=times.get):
             with configs.probing({**chosen, key: ready[i][1]}):
                 if trial.fails("triton") is None:
                     chosen[key] = ready[i][1]

@@ -1,7 +1,8 @@
-"""Tuned launch configurations: sm90.json would hold those of compute capability 9.0; none is shipped yet, kernels launch by `default`.
+"""Tuned launch configurations: sm90.json would hold those of compute capability 9.0, a card's dispatch file holds its own; kernels launch
+by `default` elsewhere.
 
-{operator: {dtype: [{"shape": {name: int}, "config": {name: int}}]}}; a shape that is not listed takes the nearest that is, which
-is said once for each operator.
+{operator: {dtype: [{"shape": {name: int}, "config": {name: int}}]}}; a shape that is not listed takes the nearest that is; where
+that is far, it is said once for each operator.
 What was tuned on this very card goes before it (`use`). Here lie the dispatch files of measured cards (vitprune/ops/dispatch.py).
 """
 import contextlib
@@ -17,6 +18,7 @@ from types import ModuleType
 import torch
 
 FOLDER = Path(__file__).parent
+FAR = 2.0  # doublings of sizes beyond which the nearest configuration may be a bad one
 COUNTS = ("spans", "programs", "stages")  # ends of names; tiles and warps are powers of two
 _tuned: dict[int, dict] = {}   # by compute capability, a table as in the files
 _said: set[str] = set()        # operators for which the nearest configuration served
@@ -107,7 +109,7 @@ def _nearest(op: str, arch: int, dtype: torch.dtype, shape: tuple[tuple[str, int
     if not rows:
         return None
     row = min(rows, key=distance)
-    if distance(row) and op not in _said:
+    if distance(row) > FAR and op not in _said:
         _said.add(op)
         near, asked = (", ".join(f"{name} {size}" for name, size in sizes) for sizes in (row["shape"].items(), shape))
         warnings.warn(f"{op}: no launch configuration is tuned for {asked}, that of {near} serves; said once", stacklevel=2)
