@@ -1,12 +1,11 @@
 """Residual add and LayerNorm of whole rows held in registers; the gradient without atomics."""
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .policy_attention import on
 
 OP = "add_norm"
 MAX_CHANNELS = 4096  # a program holds whole rows in registers
@@ -139,10 +138,6 @@ def as_rows(t: Tensor) -> Tensor:
     """[batch, rows, C] with channels side by side; a copy only where strides do not allow it."""
     t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
     return t.reshape(-1, *t.shape[-2:]) if t.dim() > 1 else t[None, None]
-
-
-def on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _config(s: Tensor, R: int, C: int) -> dict:

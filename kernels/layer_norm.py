@@ -5,7 +5,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from .add_norm import DTYPES, MAX_CHANNELS, as_rows, on, statistics
+from .add_norm import DTYPES, MAX_CHANNELS, as_rows, statistics
+from .policy_attention import on
 
 OP = "layer_norm"
 

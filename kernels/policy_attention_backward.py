@@ -125,8 +125,8 @@ def query_gradient_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, EPS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, TAIL: tl.constexpr,
 ):
     """grid (B * H * tiles of QUERIES rows), each over every key; dqkv [B, N, 3, H, D], of which it writes q's; delta [B, H, N], the row
-    sums of dout * out; any_felt, one a tile: whether in dm and top [B, H, N] are the gradient of each row's maximum and the key it
-    belongs to (-1: left out as too small)."""
+    sums of dout * out; dm and top [B, H, N], the gradient of each row's maximum and the key it belongs to (-1: left out as too small);
+    any_felt, one a tile: whether any is not."""
     b, h, first = split(tl.program_id(0), N, H, QUERIES)
     row = first + tl.arange(0, QUERIES)
     query = rows_of(q, b, h, row, N, q_batch, q_head, q_row, q_channel, D, WIDTH)
@@ -143,9 +143,9 @@ def query_gradient_kernel(
         much = (row < N) & felt(total, eps, query.dtype == tl.float32)
         some = tl.max(much.to(tl.int32), 0)
         tl.store(any_felt + tl.program_id(0), some)
+        chosen = tl.full((QUERIES,), -1, tl.int32)
+        slope = tl.zeros((QUERIES,), tl.float32)
         if some > 0:
-            chosen = tl.full((QUERIES,), -1, tl.int32)
-            slope = tl.zeros((QUERIES,), tl.float32)
             best = tl.full((QUERIES,), float("-inf"), tl.float32)
             mean = total / N  # of a row's weights
             for start in range(0, N, KEYS):
@@ -164,8 +164,8 @@ def query_gradient_kernel(
             chosen = tl.where(much, chosen, -1)
             top_key = rows_of(k, b, h, tl.where(much, chosen, N), N, k_batch, k_head, k_row, k_channel, D, WIDTH)
             acc += slope[:, None] * top_key.to(tl.float32)
-            tl.store(dm + head + row, slope, mask=row < N)
-            tl.store(top + head + row, chosen, mask=row < N)
+        tl.store(dm + head + row, slope, mask=row < N)
+        tl.store(top + head + row, chosen, mask=row < N)
     full = N // KEYS * KEYS
     for start in range(0, full, KEYS):
         acc = add_query_gradients(

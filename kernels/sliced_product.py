@@ -1,6 +1,4 @@
 """The matrix product that sliced_linear and sliced_mlp are made of: tiles of live blocks, read from and written to full matrices."""
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
@@ -146,11 +144,6 @@ def refuses(device: torch.device, dtype: torch.dtype, *, width: int = 64, **_) -
     if dtype not in DTYPES:
         return f"no kernel for {dtype}"
     return None if width % 16 == 0 else f"no kernel for blocks of width {width}: a multiple of 16 is needed"
-
-
-def on(device: torch.device):
-    """The device that a kernel is launched on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor, width: int, *, config: dict, live_rows: bool = False, live_columns: bool = False,

@@ -74,7 +74,8 @@ def test_merged_and_rendered_idempotently(tree):
     assert "| deit_small_patch16_224 | float32 | 1 | forward | 4.0 | add_norm 25.0% |" in text
     assert "| `add_norm` | float16 | forward | 2 | triton | 1.00 (0.50 to 2.00) | 1 of 2 | compiled, eager | 1.50 (1.50 to 1.50) |" in text
     assert "Not finished in time, or failed: add_norm (2 rows)." in text
-    assert "| deit_small_patch16_224 | tokens 0.7 | float16 | 1 | 4.00 | 2.00 | 2.00 | 1.60 | 1.25 | eager | 4.00 | eager | 2.00 | 2.00 |" in text
+    assert ("| deit_small_patch16_224 | tokens 0.7 | float16 | 1 | 4.00 | 2.00 | 2.00 "
+            "| 1.60 | 1.25 | eager | 4.00 | eager | 2.00 | 2.00 |") in text
     assert text.endswith("<!-- /cards -->\nafter\n")
     for again in (target, tree / "sent.json"):
         collect.collect(again)
@@ -239,7 +240,8 @@ def test_calls_are_repeated_as_the_trainer_makes_them(monkeypatch, amp, dtype):
     monkeypatch.setattr(shares, "times", once)
     row = shares.shares("small", 2, torch.device("cpu"), training=True)
     assert row["dtype"] == dtype
-    assert row["calls"] == {"add_norm": 10, "layer_norm": 11, "policy_attention": 7, "short_attention": 3, "sliced_linear": 20, "sliced_mlp": 10}
+    assert row["calls"] == {"add_norm": 10, "layer_norm": 11, "policy_attention": 7, "short_attention": 3, "sliced_linear": 20,
+                            "sliced_mlp": 10}
     assert row["share"] == row["calls"]
     assert shares.shares("small", 2, torch.device("cpu"), training=False)["calls"]["select_tokens"] == 3
 

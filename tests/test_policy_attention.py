@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 from kernel_checks import ARCHS, CPP, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
 from oracles import attention, check_operator, within_twice, within_twice_unless_lucky
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -378,14 +379,45 @@ def test_gradient_of_a_fused_buffer(name, device):
     assert torch.equal(*grads)
 
 
+@pytest.mark.parametrize("name, device", [*KERNELS, *EMULATED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_where_one_row_feels_its_maximum(name, device, dtype, monkeypatch):
+    """One row of many prefers a dropped key; what the kernels tell each other holds for all rows, whatever their memory held before."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, up = (0.1 * torch.randn(1, 2, 80, 32, generator=generator).to(device) for _ in range(4))
+    k[:, :, 7, 0], q[:, :, 70, 0] = 30, 3
+    policy = torch.ones(1, 80, device=device)
+    policy[:, 7] = 0
+    tensors, up = [t.to(dtype) for t in (q, k, v, policy)], up.to(dtype)
+    empty = torch.empty
+
+    def full(*args, **kwargs):
+        t = empty(*args, **kwargs)
+        return t.fill_(3 if t.dtype == torch.int32 else 7)
+    monkeypatch.setattr(torch, "empty", full)
+    got = run(name, tensors, up, 1e-6)
+    monkeypatch.undo()
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for a, b in zip(got, true(tensors, up, 1e-6)):
+        torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance * b.abs().max().item())
+
+
 def test_split_of_a_fused_buffer():
-    """Views, with a gradient to any degree."""
+    """Views, with a gradient to any degree, many at once, and of tensors that hold no values."""
     buffer = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
     q, k, v = ops.split_qkv(buffer, 2)
     assert torch.equal(torch.stack((q, k, v), 2), buffer.unflatten(-1, (3, 2, 4)).transpose(1, 3))
     assert q.data_ptr() == buffer.data_ptr()
     assert torch.autograd.gradcheck(lambda x: ops.split_qkv(x, 2), buffer)
     assert torch.autograd.gradgradcheck(lambda x: [t.square() for t in ops.split_qkv(x, 2)], buffer)
+    policy, ups = torch.ones(2, 5, dtype=torch.float64), torch.randn(3, 2, 2, 5, 4, dtype=torch.float64)
+    out = ops.policy_attention(q, k, v, policy)
+    batched, = torch.autograd.grad(out, buffer, ups, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(batched, torch.stack([torch.autograd.grad(out, buffer, up, retain_graph=True)[0] for up in ups]))
+    with FakeTensorMode():
+        fake = torch.randn(2, 5, 24, requires_grad=True)
+        out = ops.policy_attention(*ops.split_qkv(fake, 2), torch.ones(2, 5))
+        assert torch.autograd.grad(out.sum(), fake)[0].shape == fake.shape
 
 
 def test_compiled_with_dynamic_sizes():

@@ -315,7 +315,7 @@ def test_patches_by_a_product(options):
     sizes = [(32, 32), (48, 20), (30, 35)] if "dynamic_img_pad" in options else [(32, 32), (48, 20)] if options else [(32, 32)]
     for size in sizes:
         images = torch.randn(2, 3, *size, dtype=torch.float64)
-        for x in (images, images.to(memory_format=torch.channels_last)):
+        for x in (images, images.to(memory_format=torch.channels_last), images[:0]):
             results = []
             for embed in (dense.patch_embed, pruned.patch_embed):
                 y = embed(x.requires_grad_())
@@ -325,6 +325,20 @@ def test_patches_by_a_product(options):
     if not options:
         with pytest.raises(AssertionError, match="Input height"):
             pruned.patch_embed(torch.zeros(2, 3, 40, 32, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_see_every_module(register):
+    """Faster calls than a module's own are for modules that nobody watches."""
+    dense = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3).eval()
+    found = []
+    for model in (dense, prune(dense, blocks=BlockPruning()).eval()):
+        seen = set()
+        for name in ("norm", "patch_embed.proj", "blocks.0.norm1", "blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.0.mlp.fc1"):
+            getattr(model.get_submodule(name), register)(lambda *_, name=name: seen.add(name) and None)  # noqa: B023
+        model(torch.randn(2, 3, 32, 32)).sum().backward()
+        found.append(seen)
+    assert found[0] == found[1] and len(found[0]) == 6
 
 
 def test_overlapping_patches_stay_a_convolution():

@@ -8,7 +8,7 @@ from . import ops
 
 def watched(module: nn.Module) -> bool:
     """Whether a hook expects to see this module called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
@@ -51,6 +51,6 @@ class PatchProduct(PatchEmbed):
         fits = (H, W) == self.img_size if self.img_size is not None and self.strict_img_size else H % h == 0 and W % w == 0
         if not (plain and fits):
             return super().forward(x)
-        x = x.reshape(B, C, H // h, h, W // w, w).permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * h * w)
+        x = x.reshape(B, C, H // h, h, W // w, w).permute(0, 2, 4, 1, 3, 5).reshape(B, H // h * (W // w), C * h * w)
         x = ops.linear(x, conv.weight.flatten(1), conv.bias)
         return self.norm(x if self.flatten else x.unflatten(1, (H // h, W // w)))

@@ -3,7 +3,7 @@
 // grid (tiles of ROWS rows, for each head of each image).
 #include "policy_attention.h"
 
-constexpr float HIGHEST = 80 * LOG2E;  // above its row's level: a dropped key's score, for the gradient of its policy
+constexpr float HIGHEST = 80 * LOG2E;  // the most a dropped key's score counts above its row's level, for the gradient of its policy
 template <typename T>
 constexpr bool EXACT = sizeof(T) == 4;  // a row's level is its maximum; where digits are few, with the logarithm of its sum
 

@@ -39,20 +39,25 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
         (B, H, N, D), first = grads[0].shape, grads[0]
-        C, size = H * D, first.element_size()
-        side_by_side = not torch.is_grad_enabled() and all(
-            g.stride() == (3 * N * C, D, 3 * C, 1) and g.dtype == first.dtype and g.data_ptr() == first.data_ptr() + i * C * size
-            and g.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for i, g in enumerate(grads))
+        C = H * D
+
+        def follows(i: int, g: Tensor) -> bool:
+            laid_out = type(g) is Tensor and g.dtype == first.dtype and g.stride() == (3 * N * C, D, 3 * C, 1)
+            return (laid_out and g.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+                    and g.storage_offset() == first.storage_offset() + i * C)
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+        side_by_side = plain and all(follows(i, g) for i, g in enumerate(grads))
         if side_by_side:
             return first.as_strided((B, N, 3 * C), (3 * N * C, 3 * C, 1)), None
-        return torch.stack(grads, 2).transpose(1, 3).flatten(2), None
+        return torch.stack(grads, 2).transpose(1, 3).reshape(B, N, 3 * C), None
 
 
 def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     """q, k and v [B, H, N, D], views of a fused buffer qkv [B, N, 3*H*D].
 
     The gradient that kernels of `policy_attention` give for them is one buffer already and not copied together again, which in a training
-    step of DeiT-S on an H200 took nearly as long as the gradient of the keys. Raises ValueError where heads do not divide the channels.
+    step of DeiT-S on an H200 took nearly as long as the gradient of the keys; it shares its memory with theirs. Raises ValueError where
+    heads do not divide the channels.
     """
     qkv.dim() == 3 or fail("split_qkv", "qkv", "[B, N, 3*H*D]", qkv.shape)
     (is_int(num_heads) and num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0) or fail(
