@@ -59,8 +59,9 @@ __device__ inline void copy_tile(T *to, const T *from, long long stride, int row
   static_assert(THREADS % UNITS == 0 && ROWS % LINES == 0, "whole rows, and no thread without work");
   const int row = threadIdx.x / UNITS, column = threadIdx.x % UNITS * UNIT;
   from += row * stride + column;
-  UNROLL for (int i = 0; i < ROWS; i += LINES)
-    copy16(to + (row + i) * PITCH + column, from + i * stride, row + i < rows && column < columns);
+  auto copy = [&](int i) { copy16(to + (row + i) * PITCH + column, from + i * stride, row + i < rows && column < columns); };
+  if constexpr (ROWS / LINES <= 8) UNROLL for (int i = 0; i < ROWS; i += LINES) copy(i);
+  else ROLLED for (int i = 0; i < ROWS; i += LINES) copy(i);  // unrolled, a warp's addresses for many rows spill
 }
 
 // Four 8 x 8 matrices of 16-bit values; lane 8i + r gives the address of row r of matrix i (16 bytes, aligned). Thread (g, t) =

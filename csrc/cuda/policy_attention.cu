@@ -129,7 +129,7 @@ __device__ void forward(const PolicyAttentionParams &p) {
   extern "C" __global__ void __launch_bounds__(128, blocks) policy_attention_##pass##_##type##_##width(const PolicyAttentionParams p) { \
     pass<type, width>(p); \
   }
-#define KERNELS_OF(type, width) KERNEL_OF(forward, type, width, width == 128 ? 2 : ARCH >= 800 && sizeof(type) == 2 ? 4 : 3)
+#define KERNELS_OF(type, width) KERNEL_OF(forward, type, width, width == 128 ? 2 : sizeof(type) == 2 ? CROWD : 3)
 using f32 = float;
 KERNELS_OF(f32, 32) KERNELS_OF(f32, 64) KERNELS_OF(f32, 128)
 KERNELS_OF(f16, 32) KERNELS_OF(f16, 64) KERNELS_OF(f16, 128)

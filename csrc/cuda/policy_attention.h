@@ -5,6 +5,14 @@
 #include "params.h"
 
 constexpr float LOG2E = 1.44269504f;
+
+// Blocks a multiprocessor shall hold of kernels in 16 bits up to 64 wide: as many as spill nothing. NVRTC allots a few registers more.
+#ifdef __CUDACC_RTC__
+constexpr int CROWD = 3;
+#else
+constexpr int CROWD = ARCH >= 800 ? 4 : 3;
+#endif
+
 template <typename T>
 constexpr float FELT = sizeof(T) == 2 ? 1 / 16384.0f : 1 / 1048576.0f;  // a smaller share of eps in a row's sum is not felt
 

@@ -197,15 +197,15 @@ __device__ void key_gradient(const PolicyAttentionParams &p) {
       add_scores(ds, values, up_tile + j * PITCH);
       const bool itself[2] = {start + j == own && t == g, start + j == own && t + 1 == g};
       UNROLL for (int i = 0; i < 2; i++) {
-        float high[2], its[2], shift[2];
-        load_values(high, level[turn] + j + i * 8 + t), load_values(its, inverse[turn] + j + i * 8 + t), load_values(shift, delta[turn] + j + i * 8 + t);
         UNROLL for (int e = 0; e < 4; e++) {
+          const int column = j + i * 8 + t + e % 2;
           const bool own_score = i == e / 2 && itself[e % 2];
-          const float e_or_a = exp2_approximate(fminf(s[i][e] * scale - high[e % 2], HIGHEST)), a = EXACT<T> ? e_or_a * its[e % 2] : e_or_a;
-          const float de = (ds[i][e] - shift[e % 2]) * a, share = own_score ? 1 : kept[e / 2];
+          const float e_or_a = exp2_approximate(fminf(s[i][e] * scale - level[turn][column], HIGHEST));
+          const float a = EXACT<T> ? e_or_a * inverse[turn][column] : e_or_a;
+          const float de = (ds[i][e] - delta[turn][column]) * a, share = own_score ? 1 : kept[e / 2];
           if (!own_score) dpolicy[e / 2] += de;
           ds[i][e] = de * share;
-          s[i][e] = a * share + floor * its[e % 2];
+          s[i][e] = a * share + floor * inverse[turn][column];
         }
       }
       const int its_top = top[turn][j + tid % 16];
@@ -239,7 +239,7 @@ __device__ void key_gradient(const PolicyAttentionParams &p) {
     pass<type, width>(p); \
   }
 #define KERNELS_OF(type, width) \
-  KERNEL_OF(query_gradient, type, width, width == 128 ? 2 : ARCH >= 800 && sizeof(type) == 2 ? 4 : 3) \
+  KERNEL_OF(query_gradient, type, width, width == 128 ? 2 : sizeof(type) == 2 ? CROWD : 3) \
   KERNEL_OF(key_gradient, type, width, width == 128 || ARCH < 800 || sizeof(type) == 4 ? 2 : 3)
 using f32 = float;
 KERNELS_OF(f32, 32) KERNELS_OF(f32, 64) KERNELS_OF(f32, 128)
