@@ -5,7 +5,8 @@ from torch import Tensor
 
 from ..ops.sliced_linear import by_products, gradients_by_products
 from . import configs
-from .sliced_product import candidates, default, on, product, refuses
+from .policy_attention import on
+from .sliced_product import candidates, default, product, refuses
 
 OP = "sliced_linear"
 

@@ -4,8 +4,9 @@ import functools
 from torch import Tensor
 
 from ..ops.sliced_mlp import by_products, gradients_by_products
+from .policy_attention import on
 from .sliced_linear import configured
-from .sliced_product import candidates, default, on, product, refuses
+from .sliced_product import candidates, default, product, refuses
 
 OP = "sliced_mlp"
 
