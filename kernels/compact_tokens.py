@@ -1,12 +1,11 @@
 """Kept tokens to packed rows and back, one launch each: every token finds its own row."""
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import configs
+from .policy_attention import on
 
 OP, INVERSE = "compact_tokens", "expand_rows"
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -95,10 +94,6 @@ def _config(op: str, t: Tensor, B: int, N: int, C: int) -> dict:
     return configs.nearest(op, arch, t.dtype, (("B", B), ("N", N), ("C", C))) or default(t.dtype, arch, B=B, N=N, C=C)
 
 
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 def launch(x: Tensor, keep: Tensor, capacity: int, config: dict | None = None) -> tuple[Tensor, Tensor]:
     """`vitprune.ops.compact_tokens`."""
     B, N, C = x.shape
@@ -110,7 +105,7 @@ def launch(x: Tensor, keep: Tensor, capacity: int, config: dict | None = None) -
     tokens = max(B * N, capacity)
     chunk = 16 * triton.cdiv(tokens, 16 * config["programs"])  # a multiple of 16 lets the mask be read 16 bytes at a time
     bits = BITS[x.element_size()]
-    with _on(x.device):
+    with on(x.device):
         compact_tokens_kernel[(triton.cdiv(tokens, chunk),)](
             x.view(bits), keep.view(torch.uint8), rows.view(bits), cu_seqlens, B * N, N, C, capacity, chunk, *x.stride(),
             SCAN=config["scan"], ROWS=config["rows"], CHANNELS=config["channels"], num_warps=config["num_warps"])
@@ -127,7 +122,7 @@ def launch_expand(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, fill: float, c
         return out
     config = config or _config(INVERSE, rows, B, N, C)
     bits = BITS[rows.element_size()]
-    with _on(rows.device):
+    with on(rows.device):
         expand_rows_kernel[(B, triton.cdiv(N, config["rows"]))](
             rows.view(bits), cu_seqlens, keep.contiguous().view(torch.uint8), out.view(bits), N, C, R,
             torch.tensor(fill, dtype=rows.dtype, device="cpu").view(bits).item(), *rows.stride(), cu_seqlens.stride(0),

@@ -28,7 +28,7 @@ def drop(dropout: nn.Module, x: Tensor) -> Tensor:
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x); LayerNorm by the operator where nobody watches it."""
     plain = type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and len(norm.normalized_shape) == 1
-    if not plain or watched(norm) or torch.jit.is_tracing():  # a trace tells its parts by their modules
+    if not plain or watched(norm) or getattr(norm, "_fast_norm", False) or torch.jit.is_tracing():  # a trace tells parts by modules
         return norm(x)
     return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
 
