@@ -1,14 +1,12 @@
 """What holds for every test: nothing that was tuned on this machine; and for kernels under Triton's interpreter."""
 import ctypes
 import functools
-import inspect
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from kernel_checks import INTERPRETED
@@ -36,37 +34,13 @@ def _untuned(tmp_path_factory):
         yield
 
 
-@pytest.fixture(autouse=INTERPRETED)
-def _round(monkeypatch):
-    """The interpreter cuts float32 off to bfloat16; cards round to nearest, and so does it here."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-    cast = interpreter.InterpreterBuilder.cast_impl
-
-    def rounded(self, src, kind):
-        if src.dtype.scalar == tl.float32 and kind.scalar == tl.bfloat16:
-            bits = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.int16).numpy().view(np.uint16)
-            return interpreter.TensorHandle(bits, kind.scalar)
-        return cast(self, src, kind)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
-
-
 @pytest.fixture(autouse=INTERPRETED, scope="session")
-def _swift():
-    """The interpreter searches the whole language for what to replace in every call of a function: a third of its time."""
-    from triton.runtime import interpreter
-    builtin = interpreter.tl.core.is_builtin
-
-    @functools.cache
-    def names(package) -> list[str]:
-        return [name for name, member in inspect.getmembers(package) if builtin(member)]
-
-    def patch(package, *rest):
-        for name in names(package):
-            if builtin(member := getattr(package, name)):
-                interpreter._patch_attr(package, name, member, *rest)
-    with pytest.MonkeyPatch.context() as context:
-        context.setattr(interpreter, "_patch_builtin", patch)
+def _interpreter():
+    """Triton's interpreter as these tests need it."""
+    import interpreter
+    with pytest.MonkeyPatch.context() as patch:
+        interpreter.round_to_nearest(patch)
+        interpreter.hasten(patch)
         yield
 
 
