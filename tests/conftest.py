@@ -21,7 +21,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # on a GPU cuBLAS r
 def pytest_terminal_summary(terminalreporter):
     """What passing tests of operators print: how their random cases spread, and what their kernels take of a card."""
     for report in terminalreporter.stats.get("passed", ()):
-        if Path(report.nodeid.partition("::")[0]).stem.removeprefix("test_") in {*registry.TABLES, "cuda"}:
+        stem = Path(report.nodeid.partition("::")[0]).stem
+        if stem.removeprefix("test_").removesuffix("_kernels") in {*registry.TABLES, "cuda"}:
             for line in filter(None, report.capstdout.splitlines()):
                 terminalreporter.write_line(f"{report.nodeid.rpartition('/')[2]}  {line}")
 
