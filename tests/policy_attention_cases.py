@@ -1,13 +1,18 @@
 """Random cases of policy_attention, and how close a kernel must come."""
+import contextlib
+from unittest import mock
+
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from kernel_checks import explore, layout
+from kernel_checks import INTERPRETED, explore, layout
 from oracles import within_twice, within_twice_unless_lucky
 
 from vitprune import ops
 from vitprune.ops import backend
 
+# queries, keys of a program, forward and for the gradients of queries and of keys; the first: the default ones.
+TILES = (None, ((64, 64), (64, 64), (64, 64)), ((128, 32), (32, 128), (64, 128)), ((16, 64), (128, 64), (128, 16)))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -38,12 +43,14 @@ def cases(draw, name: str, real: bool):
     dtypes = [d for d in DTYPES if name != "cpp" or d != torch.float16]
     return {"shape": (B, H, N, D), "dtype": draw(st.sampled_from(dtypes)), "eps": draw(st.sampled_from((1e-6, 0.0))),
             "policy": draw(st.sampled_from(("hard", "soft", "ones", "zeros"))), "fused": draw(st.booleans()), "real": real,
+            "tiles": draw(st.integers(0, len(TILES) - 1)) if name == "triton" and INTERPRETED else 0,  # a card compiles each anew
             "seed": draw(st.integers(0, 2 ** 32 - 1))}
 
 
 def describe(case):
     B, H, N, D = case["shape"]
     return [str(case["dtype"]), f"D={D}", "N<17" if N < 17 else "N<64" if N < 64 else "N>=64", f"eps={case['eps']}", case["policy"],
+            f"tiles={case['tiles']}",
             *(k for k in ("fused", "real") if case[k])]
 
 
@@ -61,13 +68,24 @@ def tensors_of(case, device):
     return [*qkv, layout(policy, rng)], layout(random(B, H, N, D), rng)
 
 
+def tiled(tiles: int):
+    """The Triton kernels run with that entry of TILES."""
+    if not tiles:
+        return contextlib.nullcontext()
+    from vitprune.kernels import policy_attention as kernel
+    config = {at + size: n for at, pair in zip(kernel.PASSES, TILES[tiles]) for size, n in zip(("queries", "keys"), pair)}
+    return mock.patch.object(kernel, "default", lambda *args, default=kernel.default, **shape: default(*args, **shape) | config)
+
+
 def check(case, name, device, unlucky):
     """Errors at most twice the larger of plain PyTorch's and of the closed form's in the same dtype, which like any fused backward
     pass starts from the rounded output. Where luck decides, six times, or 8 units in the last place of the output (32 in float32, in
     which a score is a sum of 128 products): with a few tokens; with one score far above the kept ones, which makes the gradient of its
     policy, and its error; where the largest value alone was rounded luckily and the error of all, as a root mean square, is no larger."""
     tensors, up = tensors_of(case, device)
-    got, plain, form = (run(name, tensors, up, case["eps"]) for name in (name, "reference", "closed form"))
+    with tiled(case["tiles"]):
+        got = run(name, tensors, up, case["eps"])
+    plain, form = (run(name, tensors, up, case["eps"]) for name in ("reference", "closed form"))
     for a, b, same, c in zip(got, plain, form, true(tensors, up, case["eps"])):
         assert a.dtype == b.dtype and a.shape == b.shape
         worse = max(b, same, key=lambda t: (t.double() - c).abs().max())
