@@ -191,10 +191,11 @@ def test_models_of_the_caller_are_untouched(pair):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_cuda_graph(pair):
+@pytest.mark.parametrize(("name", "side"), [("cuda_graph", 1), ("modules:cuda_graph", 0)])
+def test_cuda_graph(pair, name, side):
     images = torch.randn(4, 3, 160, 160, device="cuda")
-    model = copy.deepcopy(pair[1]).cuda()
-    run = build("cuda_graph", model, images)
+    model = copy.deepcopy(pair[side]).cuda()
+    run = build(name, model, images)
     with torch.inference_mode():
         for x in (images, torch.randn_like(images)):
             torch.testing.assert_close(run(x), model(x))

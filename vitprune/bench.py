@@ -194,7 +194,8 @@ def bench(model: str, tokens: float | Sequence[float | int] | None = None, sched
     if any(b < 1 for b in batches):
         raise ValueError(f"bench: batch must be >= 1, got {min(batches)}")
     if torch.device(choose_device(device, "bench")).type == "cuda":
-        baselines = list(dict.fromkeys((*(m for b in baselines for m in (COMPILED if b == "compiled" else (b,))), "cuda_graph")))
+        baselines = list(dict.fromkeys((*(m for b in baselines for m in (COMPILED if b == "compiled" else (b,))), "cuda_graph",
+                                        *(["modules:cuda_graph"] if "modules" in baselines else []))))
     dense, pruned = prepare(model, tokens, schedule, heads, hidden, score, method, at)
     before, after = count(dense), count(pruned)
     with warnings.catch_warnings():

@@ -81,7 +81,8 @@ def _add_bench(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", type=str, nargs="+", default=["float32"], help="float32, bfloat16, float16")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="batch sizes")
     parser.add_argument("--baseline", type=str, nargs="+", default=["eager"],
-                        help="dense engines: eager, modules (ours, nothing pruned), compiled, onnxruntime, openvino, cuda_graph")
+                        help="dense engines: eager, modules (ours, nothing pruned), packed, compiled, onnxruntime, openvino; "
+                             "on a GPU cuda_graph besides")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds, at least 5")
     parser.add_argument("--min-time", type=float, default=0.2, help="seconds a round of one engine lasts at least")
     parser.add_argument("--threads", type=int, help="CPU threads; torch's own number by default")
