@@ -48,10 +48,36 @@ def remember_shapes(patch) -> None:
     patch.setattr(tl.tensor, "__init__", init)
 
 
-def sooner(patch, owner, name: str, when, then) -> None:
-    """then(*args) instead of owner.name(*args) when(*args)."""
-    long = getattr(owner, name)
-    patch.setattr(owner, name, lambda *args, **kwargs: then(*args) if when(*args) else long(*args, **kwargs))
+def compare_names(patch, kind) -> None:
+    """Types of one kind are the same where their names are."""
+    long = kind.__eq__
+
+    def equal(a, b):
+        return a is b or (a.name == b.name if type(a) is type(b) else long(a, b))
+    patch.setattr(kind, "__eq__", equal)
+
+
+def convert_sooner(patch) -> None:
+    """Operands of one type, or a pointer and what is added to it, are only brought to one shape."""
+    long, halves = TritonSemantic.binary_op_type_checking_impl, (tl.float16, tl.bfloat16)
+
+    def convert(self, a, b, allow_lhs_ptr=False, allow_rhs_ptr=False, arithmetic_check=True, div_or_mod=False):
+        if isinstance(a, tl.tensor) and isinstance(b, tl.tensor):
+            pointer = a.dtype.is_ptr()
+            if allow_lhs_ptr and b.dtype.is_int() if pointer else a.dtype is b.dtype and not (div_or_mod and a.dtype in halves):
+                return self.broadcast_impl_value(a, b)
+        return long(self, a, b, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+    patch.setattr(TritonSemantic, "binary_op_type_checking_impl", convert)
+
+
+def call_directly(obj, name: str, member, builder, *scope) -> None:
+    """In place of a language function: itself, with its first argument that no kernel gives."""
+    function = getattr(member, "__wrapped__", member)
+
+    def called(*args, **kwargs):
+        kwargs["_semantic"] = interpreter.interpreter_semantic
+        return function(*args, **kwargs)
+    setattr(obj, name, called)
 
 
 shapes = functools.cache(np.broadcast_shapes)
@@ -80,12 +106,11 @@ def hasten(patch) -> None:
     remember(patch, tl.block_type, "__init__", lambda kind, shape: (str(kind), kind.is_const(), *(getattr(n, "value", n) for n in shape)))
     remember_shapes(patch)
     for kind in (tl.dtype, tl.pointer_type, tl.block_type):
-        sooner(patch, kind, "__eq__", lambda a, b: type(a) is type(b), lambda a, b: a.name == b.name)
+        compare_names(patch, kind)
+    patch.setattr(interpreter.TensorHandle, "__post_init__", lambda self: None)  # checks again what `_get_np_dtype` gave
+    patch.setattr(interpreter, "_patch_attr", call_directly)
+    convert_sooner(patch)
     patch.setattr(TritonSemantic, "broadcast_impl_value", broadcast)
-    plain = tl.float32, tl.int32, tl.int64
-    sooner(patch, TritonSemantic, "binary_op_type_checking_impl",
-           lambda _, a, b, *rest: isinstance(a, tl.tensor) and isinstance(b, tl.tensor) and a.dtype is b.dtype and a.dtype in plain,
-           lambda self, a, b, *rest: self.broadcast_impl_value(a, b))
     patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", no_overflow)
     # the language is replaced by its interpreted form for good, not anew in every call of a function
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
