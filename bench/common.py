@@ -3,10 +3,10 @@
 brief: a few shapes and dtypes, those that matter most first, for bench/card.py, which may stop a bench at any row.
 A row has wall time, "ms"; on a GPU also "gpu_ms", without what the host takes and with a cold cache.
 """
+import argparse
 import functools
 import json
 import statistics
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -81,7 +81,9 @@ def share_of_copy(row: dict) -> dict:
 
 def main(rows: Callable[[torch.device], Iterator[dict]]) -> None:
     """Print the machine and all rows as one JSON document; those before an error too, which then is raised."""
-    where = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description="Prints the machine and a row a shape as JSON.")
+    parser.add_argument("device", nargs="?", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    where = parser.parse_args().device
     result = {"machine": machine(str(where)), "device": str(where), "rows": []}
     try:
         result["rows"] += rows(where)

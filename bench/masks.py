@@ -2,6 +2,7 @@
 
 One block of DeiT's widths on the embedded digits, a run for each width and fraction; block ids as the trainer leaves them.
 """
+import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ def live(C: int, fraction: float, what: str = "hidden") -> torch.Tensor:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     masks = {str(64 * H): {str(f): trained(H, f) for f in FRACTIONS} for H in HEADS.values()}
     PATH.write_text(json.dumps(masks) + "\n")
     print(PATH.read_text())

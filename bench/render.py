@@ -2,6 +2,7 @@
 
 NAME is a file bench/results/NAME.json written by bench/model.py, or `cards`: all files card-*.json written by bench/card.py.
 """
+import argparse
 import json
 import re
 import statistics
@@ -101,6 +102,7 @@ def cards() -> str:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text()
     blocks = {path.stem: table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("model_*.json"))}

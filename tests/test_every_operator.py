@@ -154,6 +154,19 @@ def test_forward_mode_is_right_or_refused(case):
             of(dual)
 
 
+@pytest.mark.parametrize("case", IN_CPP)
+@CPP
+def test_torch_func_is_right_or_refused(case):
+    function, args, _ = prepared(case, SMALL, "cpu")
+    x, rest = args[0], args[1:]
+    of = lambda x: cases._list(function(x, *rest))[0].square().sum()  # noqa: E731
+    with backend("reference"):
+        expected, = torch.autograd.grad(of(x.requires_grad_()), x)
+    torch.testing.assert_close(torch.func.grad(of)(x.detach()), expected)
+    with backend("cpp"), pytest.raises(RuntimeError, match=f"^{case.split()[0]}: backend 'cpp' has no form that torch.func transforms"):
+        torch.func.grad(of)(x.detach())
+
+
 @CPP
 def test_a_sign_that_is_only_noted_counts():
     function, (x, scores), _ = prepared("select_tokens", SMALL, "cpu")

@@ -63,7 +63,7 @@ def fake_cuda_home(folder: Path, script: str) -> dict[str, str]:
     return {"CUDA_HOME": str(folder / "cuda")}
 
 
-def environment(folder: Path) -> Path:
+def borrowing(folder: Path) -> Path:
     """The interpreter of a new environment that borrows this one's packages."""
     venv.create(folder, with_pip=True)
     site, = folder.glob("lib/python*/site-packages")
@@ -92,7 +92,7 @@ def test_wheel_is_built_installed_and_used(tmp_path):
     assert has(names, ".so")
     assert cubins(names) == (each_cubin(80) if NVCC else set())
     built, = tmp_path.glob("*.whl")
-    python = environment(tmp_path / "env")
+    python = borrowing(tmp_path / "env")
     run(python, "-m", "pip", "install", "--no-deps", "--ignore-installed", built).check_returncode()
     site, = (tmp_path / "env").glob("lib/python*/site-packages")
     read_only = tmp_path / "cache"
@@ -177,7 +177,9 @@ class TestBuild:
     @pytest.mark.parametrize("asked", [{"VITPRUNE_REQUIRE_NATIVE": "cuda"}, {"VITPRUNE_CUDA_ARCHS": "80"}], ids=["cuda", "80"])
     @pytest.mark.parametrize("script", ["exit 1", '[ "$1" = --list-gpu-code ] && echo sm_80'], ids=["none that runs", "fails"])
     def test_required_cuda_fails_without(self, tmp_path, script, asked):
-        assert wheel(tmp_path, **asked, **fake_cuda_home(tmp_path, script)) is None
+        done = pip_wheel(tmp_path, **asked, **fake_cuda_home(tmp_path, script))
+        (name, value), = asked.items()
+        assert done.returncode != 0 and name in done.stderr and "nvcc" in done.stderr, done.stderr
 
     @pytest.mark.parametrize("plan, asked, archs", [
         (("860,900", ""), {}, (86, 90)), (("750", "nvcc warning : Cannot find valid GPU for 'native'"), {}, (80, 86, 90)),
@@ -212,7 +214,8 @@ class TestBuild:
         assert not has(names, ".so")
 
     def test_required_cpu_fails_without_compiler(self, tmp_path):
-        assert wheel(tmp_path, VITPRUNE_REQUIRE_NATIVE="cpu", **NO_COMPILER) is None
+        done = pip_wheel(tmp_path, VITPRUNE_REQUIRE_NATIVE="cpu", **NO_COMPILER)
+        assert done.returncode != 0 and "VITPRUNE_REQUIRE_NATIVE" in done.stderr and "/bin/false" in done.stderr, done.stderr
 
     def test_sdist_then_wheel(self, tmp_path):
         environment = tmp_path / "env"
@@ -225,14 +228,20 @@ class TestBuild:
             names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
         assert names >= {"pyproject.toml", "CMakeLists.txt", "LICENSE", "kernels/select_tokens.py",
                          "csrc/bind.cpp", "csrc/cpu/select_tokens.cpp", "csrc/cuda/select_tokens.cu"}
+        assert not [name for name in names if name.startswith(".venv") or name.endswith((".so", ".cubin"))]
         names = wheel(tmp_path / "wheel", sdist)
         assert names >= NEEDED
         assert has(names, ".so")
+        built, = (tmp_path / "wheel").glob("*.whl")
+        python = borrowing(tmp_path / "other")
+        run(python, "-m", "pip", "install", "--no-deps", "--ignore-installed", built).check_returncode()
+        site, = (tmp_path / "other").glob("lib/python*/site-packages")
+        assert report(python, tmp_path) == f"{site}/vitprune/__init__.py True [[1, 2]]"
 
     @pytest.mark.parametrize("compilers", [{}, NO_COMPILER], ids=["compiler", "no compiler"])
     def test_editable(self, tmp_path, compilers):
         """Installed without dependencies, over this interpreter's own packages."""
-        python = environment(tmp_path / "env")
+        python = borrowing(tmp_path / "env")
         done = run(python, "-m", "pip", "install", "--no-deps", "--ignore-installed", "-e", ROOT, **compilers)
         assert done.returncode == 0, done.stderr
         assert report(python, tmp_path) == f"{ROOT}/vitprune/__init__.py {not compilers} [[1, 2]]"

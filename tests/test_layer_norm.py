@@ -4,7 +4,9 @@ import torch
 from hypothesis import strategies as st
 from kernel_checks import ARCHS, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
 from oracles import check_operator, within_twice
+from timm.models import VisionTransformer
 
+import vitprune
 from vitprune import ops
 from vitprune.ops import backend
 
@@ -28,7 +30,7 @@ def test_registered():
 @st.composite
 def cases(draw, real: bool):
     C = draw(st.sampled_from((192, 384, 768)))
-    shape = (draw(st.integers(1, 2)), draw(st.integers(64, 260)), C) if real else (
+    shape = (draw(st.integers(2, 3)), draw(st.integers(64, 260)), C) if real else (
         draw(st.integers(0, 4)), draw(st.integers(1, 32)), draw(st.sampled_from((1, 48, 64, 100, 257))))
     return {"shape": shape, "bias": draw(st.booleans()),
             "dtype": draw(st.sampled_from(DTYPES)), "vectors": draw(st.sampled_from(DTYPES)), "scale": draw(st.sampled_from((1, 100))),
@@ -73,6 +75,22 @@ def test_triton_refuses(name, device):
             ops.layer_norm(x.double(), w, None, 1e-6)
         with torch.inference_mode(), pytest.raises(RuntimeError, match="more channels than the 4096"):
             ops.layer_norm(x.new_zeros(1, 5000), w.new_ones(5000), None, 1e-6)
+
+
+@pytest.mark.parametrize("name, device", kernels("triton"))
+def test_a_forced_backend_leaves_models_to_their_norms(name, device):
+    """Where a gradient may be asked for, or autocast wants float32, this operator has no say."""
+    torch.manual_seed(0)
+    dense = VisionTransformer(img_size=16, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=5)
+    model, images = vitprune.prune(dense, tokens=vitprune.TokenPruning(0.5, at=(1,))).to(device).eval(), torch.randn(2, 3, 16, 16)
+    images = images.to(device)
+    plain = model(images)
+    with backend(name):
+        torch.testing.assert_close(model(images), plain, rtol=1e-3, atol=1e-3)
+        with torch.no_grad(), torch.autocast(torch.device(device).type, torch.bfloat16):
+            torch.testing.assert_close(model(images).float(), plain, rtol=0.1, atol=0.1)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(images), plain, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the compiler is off under the interpreter")

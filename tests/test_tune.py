@@ -4,6 +4,7 @@ import math
 import shutil
 import time
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -215,6 +216,20 @@ def test_a_shipped_file_serves_until_the_user_tunes(machine, monkeypatch, tmp_pa
     registry.reload()
     with pytest.warns(UserWarning, match="is ignored"):
         assert chosen(large=True) == "fast"
+
+
+def test_a_cache_folder_that_cannot_be_read_costs_what_was_measured_only(machine, monkeypatch):
+    read = Path.read_text
+
+    def refuse(path, *args, **kwargs):
+        if path == dispatch.path_of("Card A"):
+            raise PermissionError(13, "Permission denied")
+        return read(path, *args, **kwargs)
+    quickly()
+    monkeypatch.setattr(Path, "read_text", refuse)
+    registry.reload()
+    with pytest.warns(UserWarning, match="is ignored: .*Permission denied"):
+        assert chosen(large=True) == "reference"
 
 
 def test_a_gpu_takes_what_is_shipped_for_its_compute_capability(machine, monkeypatch, tmp_path):

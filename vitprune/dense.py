@@ -4,7 +4,7 @@ from timm.layers import Format, LayerNorm, PatchEmbed
 from torch import Tensor, nn
 
 from . import ops
-from .ops.registry import KEYS
+from .ops.layer_norm import by_module
 
 
 def watched(module: nn.Module) -> bool:
@@ -31,9 +31,7 @@ def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     plain = type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and len(norm.normalized_shape) == 1
     if not plain or watched(norm) or getattr(norm, "_fast_norm", False) or torch.jit.is_tracing():  # a trace tells parts by modules
         return norm(x)
-    if torch.is_grad_enabled() or (x.device.type in KEYS and torch.is_autocast_enabled(x.device.type)):
-        return norm(x)  # its kernel serves neither, and a backend forced for the other operators is no reason to fail
-    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return by_module(norm, x)
 
 
 class PatchProduct(PatchEmbed):

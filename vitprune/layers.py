@@ -214,13 +214,15 @@ class PrunedBlock(Block):
         """x [B, N, C] (or packed rows [T, C]) -> the same shape; the other arguments are PrunedAttention's."""
         y = self.attn(normalise(self.norm1, x), attn_mask, is_causal, policy, class_attention=class_attention, **packed)
         y, scores = y if class_attention else (y, None)
-        if isinstance(self.norm2, nn.LayerNorm) and isinstance(self.ls1, (nn.Identity, LayerScale)):
+        fused = isinstance(self.norm2, nn.LayerNorm) and isinstance(self.ls1, (nn.Identity, LayerScale))
+        if fused and not watched(self.norm2) and not watched(self.ls1):
             x, y = ops.add_norm(x, self.drop_path1(y), self.norm2.weight, self.norm2.bias, self.norm2.eps,
                                 gamma=getattr(self.ls1, "gamma", None))
         else:
             x = x + self.drop_path1(self.ls1(y))
             y = self.norm2(x)
-        if isinstance(self.ls2, nn.Identity) and isinstance(self.drop_path2, nn.Identity) and not watched(self.mlp):
+        after = self.ls2, self.drop_path2
+        if all(isinstance(m, nn.Identity) for m in after) and not any(map(watched, (self.mlp, *after))):
             x = self.mlp(y, x)
         else:
             x = x + self.drop_path2(self.ls2(self.mlp(y)))

@@ -148,15 +148,23 @@ float differentiate_peak(const Params &p, const Head &h, const float *scores, co
 }
 
 // A row of scores becomes the weights a, and da the gradient of the scores; h.dpolicy gathers. policy is 1 at the token itself.
-void differentiate(const Params &p, const Head &h, float *scores, float *da, float m, float z, float delta) {
+// delta, the sum of a * da, is that of dout * out too: where out was rounded the sum of the weights is more exact, and out has what `v`
+// is cleaned of (eps = 0, a dropped token's own value).
+void differentiate(const Params &p, const Head &h, float *scores, float *da, float m, float z, const float *dout_out) {
   const float inverse = 1 / (z + p.eps), floor = p.eps / p.N;
+  Vec all = {};
   for (int j = 0; j < h.n; j += LANES) {
     const Vec policy = load(h.policy + j);
     Vec x = load(scores + j) - m;
     if (p.eps == 0) x = pick(x > 80.0f, splat(80), x);  // a dropped key above every kept one: its policy's gradient stays finite
     Vec e = exponential(x);
     if (p.eps == 0) e = pick((policy > 0) | (e == e), e, splat(0));
-    const Vec w = e * policy, de = (load(da + j) - delta) * inverse;
+    all += (e * policy + floor) * load(da + j);
+    store(scores + j, e);
+  }
+  const float delta = dout_out ? *dout_out : sum(all) * inverse;
+  for (int j = 0; j < h.n; j += LANES) {
+    const Vec e = load(scores + j), w = e * load(h.policy + j), de = (load(da + j) - delta) * inverse;
     store(scores + j, (w + floor) * inverse);
     store(da + j, de * w);
     store(h.dpolicy + j, load(h.dpolicy + j) + de * e);
@@ -183,15 +191,15 @@ void backward(const Params &p, const Head &h, int b, int head) {
     read(dout, first, rows, h.d, h.up);
     get_scores(p, h, first, rows, k);
     product(rows, h.n, p.D, h.up, h.d, 1, h.vt, h.n, h.grad, h.n, false);
-    read(out, first, rows, h.d, h.acc);
     for (int i = 0; i < rows; i++) {
       const int token = first + i;
-      const float delta = dot(h.up + i * h.d, h.acc + i * h.d, h.d);
       const float kept = h.policy[token], gathered = h.dpolicy[token];
       h.policy[token] = 1;
+      float dout_out = 0;
+      if (p.eps == 0 && !(kept > 0)) read(out, token, 1, h.d, h.acc), dout_out = dot(h.up + i * h.d, h.acc, h.d);
       int top;
       const float dm = differentiate_peak(p, h, h.scores + i * h.n, h.grad + i * h.n, p.m[bhn + token], p.z[bhn + token], &top);
-      differentiate(p, h, h.scores + i * h.n, h.grad + i * h.n, p.m[bhn + token], p.z[bhn + token], delta);
+      differentiate(p, h, h.scores + i * h.n, h.grad + i * h.n, p.m[bhn + token], p.z[bhn + token], finite(dout_out) ? nullptr : &dout_out);
       if (top >= 0) h.grad[i * h.n + top] += dm;
       h.policy[token] = kept, h.dpolicy[token] = gathered;  // a token counts itself whatever its policy
     }

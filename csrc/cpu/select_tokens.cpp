@@ -1,5 +1,7 @@
 #include "select_tokens.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cstring>
 #include <functional>
@@ -12,13 +14,13 @@ namespace {
 using Key = unsigned long long;
 
 // The ids of image b: a threshold by partial selection, then one pass in order, so that ties go to the lower index.
-void select(const SelectTokensParams &p, long long b, std::vector<Key> &keys, std::vector<Key> &order) {
+void select(const SelectTokensParams &p, long long b, Key *keys, Key *order) {
   const char *scores = static_cast<const char *>(p.scores) + b * p.score_batch;
   for (int i = 0; i < p.N; i++) keys[i] = score_key(scores + i * p.score_token, p.score_type);
-  order = keys;
-  std::nth_element(order.begin(), order.begin() + (p.K - 1), order.end(), std::greater<Key>());
+  std::copy(keys, keys + p.N, order);
+  std::nth_element(order, order + (p.K - 1), order + p.N, std::greater<Key>());
   const Key threshold = order[p.K - 1];
-  const int above = std::count_if(order.begin(), order.begin() + (p.K - 1), [=](Key s) { return s > threshold; });
+  const int above = std::count_if(order, order + (p.K - 1), [=](Key s) { return s > threshold; });
   int quota = p.K - above;  // of the patches on the threshold, the first so many are kept
   long long *ids = p.ids + b * p.K;
   for (int i = 0; i < p.N; i++)
@@ -44,11 +46,13 @@ void select_tokens_cpu(const SelectTokensParams &p, int threads) {
   const long long work = rows * p.units * p.unit_bytes / (64 << 10);
   threads = static_cast<int>(std::max(1ll, std::min<long long>(threads, work)));
   if (p.K > 0) {
-#pragma omp parallel num_threads(std::min(threads, p.B))
+    const int workers = std::min(threads, p.B);
+    std::vector<Key> keys(2ull * workers * p.N);  // here: an exception must not leave the parallel region
+#pragma omp parallel num_threads(workers)
     {
-      std::vector<Key> keys(p.N), order;
+      Key *own = keys.data() + 2ull * omp_get_thread_num() * p.N;
 #pragma omp for schedule(static)
-      for (int b = 0; b < p.B; b++) select(p, b, keys, order);
+      for (int b = 0; b < p.B; b++) select(p, b, own, own + p.N);
     }
   }
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -23,7 +23,8 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, e
     residual.shape == x.shape or fail(OP, "residual", f"like x, {tuple(x.shape)}", residual.shape)
     C = x.shape[-1:]
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
-        t is None or t.shape == C or fail(OP, name, f"[C] = {tuple(C)}", t if t is None else t.shape)
+        t is None or t.shape == C or fail(OP, name, f"[C] = {tuple(C)}", t.shape)
+        t is None or t.dtype.is_floating_point or fail(OP, name, "floating point", t.dtype)
     on_device(OP, "x", x.device, residual=residual, weight=weight, bias=bias, gamma=gamma)
     # A branch on the size, not the size: a graph traced with dynamic sizes needs constants to choose by.
     facts = {"residual": residual.dtype, "weight": weight.dtype, "gamma": (weight if gamma is None else gamma).dtype,
@@ -35,7 +36,7 @@ def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, 
               eps: float) -> tuple[Tensor, Tensor]:
     """The definition."""
     s = x + (residual if gamma is None else residual * gamma)
-    return s, F.layer_norm(s, s.shape[-1:], weight, bias, eps)
+    return s, F.layer_norm(s, s.shape[-1:], weight, bias, eps).to(s.dtype)  # CUDA's autocast makes it float32, which no kernel does
 
 
 def _backward(ds, dy, s, residual, weight, gamma, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

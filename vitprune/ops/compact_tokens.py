@@ -3,7 +3,23 @@ import torch
 from torch import Tensor
 
 from ..native import compact_tokens as native
-from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, is_int, large, on_device, run, serve, values
+from .registry import (
+    Backend,
+    call,
+    choose,
+    define,
+    fail,
+    find,
+    gradient,
+    interpreted,
+    is_int,
+    is_number,
+    large,
+    on_device,
+    run,
+    serve,
+    values,
+)
 
 OP, INVERSE = "compact_tokens", "expand_rows"
 
@@ -33,12 +49,20 @@ def expand_rows(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, *, fill: float =
     (keep.dim() == 2 and keep.dtype == torch.bool) or fail(INVERSE, "keep", "bool [B, N]", f"{keep.dtype} {tuple(keep.shape)}")
     cu_seqlens.shape == (keep.shape[0] + 1,) or fail(INVERSE, "cu_seqlens", f"[B+1] = {(keep.shape[0] + 1,)}", cu_seqlens.shape)
     cu_seqlens.dtype in (torch.int32, torch.int64) or fail(INVERSE, "cu_seqlens", "int32 or int64", cu_seqlens.dtype)
+    is_number(fill) or fail(INVERSE, "fill", "a number", fill)
+    rows.dtype.is_floating_point or _holds(rows.dtype, fill) or fail(INVERSE, "fill", f"one of {rows.dtype}, as rows", fill)
     on_device(INVERSE, "rows", rows.device, cu_seqlens=cu_seqlens, keep=keep)
     if (ends := values(cu_seqlens)) is not None:
         counted = _sequence_starts(keep).tolist()
         ends == counted or fail(INVERSE, "cu_seqlens", f"keep's counts, summed, {str(counted):.100}", f"{str(ends):.100}")
         ends[-1] <= rows.shape[0] or fail(INVERSE, "rows", f"[R, C] with R >= cu_seqlens[-1] = {ends[-1]}", rows.shape)
     return call(INVERSE, choose(INVERSE, rows.device, rows.dtype, large=large(keep.numel())), rows, cu_seqlens, keep, fill)
+
+
+def _holds(dtype: torch.dtype, value: float) -> bool:
+    """Whether an integer or boolean dtype has that number."""
+    least, most = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    return least <= value <= most and value == int(value)
 
 
 def _check(op: str, x: Tensor, name: str, keep: Tensor) -> None:
@@ -70,7 +94,7 @@ def expand_reference(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, fill: float
     position = (keep.reshape(-1).cumsum(0) - 1).clamp(min=0)
     rows = torch.nn.functional.pad(rows, (0, 0, 0, 1))  # so that there is a row to point at when none is kept
     out = rows.index_select(0, position.clamp(max=rows.shape[0] - 1)).view(*keep.shape, rows.shape[1])
-    return torch.where(keep[..., None], out, fill)
+    return torch.where(keep[..., None], out, torch.full((), fill, dtype=rows.dtype, device=rows.device))
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -58,15 +58,16 @@ def of(device: torch.device) -> Dispatch:
     """What was measured on that device's card with these versions. A file that cannot be read is a warning, not an error."""
     name, alike = card(device), _alike(device)
     for path in (path_of(name), configs.FOLDER / f"{slug(name)}.json", *alike) if name else ():
-        if path.is_file():
-            try:
-                data = read(path, None if path in alike else name)
-            except (OSError, ValueError) as error:
-                warnings.warn(f"{path} is ignored: {error}; `vitprune tune` writes it anew", stacklevel=2)
-                continue
-            if data["configs"]:
-                configs.use(configs.capability(device), data["configs"])
-            return Dispatch(path, data)
+        try:
+            data = read(path, None if path in alike else name)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{path} is ignored: {error}; `vitprune tune` writes it anew", stacklevel=2)
+            continue
+        if data["configs"]:
+            configs.use(configs.capability(device), data["configs"])
+        return Dispatch(path, data)
     return Dispatch()
 
 

@@ -2,10 +2,10 @@
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .registry import Backend, call, choose, define, fail, find, large, on_device, serve
+from .registry import KEYS, Backend, call, choose, define, fail, find, large, on_device, serve
 
 OP = "layer_norm"
 
@@ -20,12 +20,20 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
     C = x.shape[-1:]
     for name, t in (("weight", weight), ("bias", bias)):
-        t is None or t.shape == C or fail(OP, name, f"[C] = {tuple(C)}", t if t is None else t.shape)
+        t is None or t.shape == C or fail(OP, name, f"[C] = {tuple(C)}", t.shape)
+        t is None or t.dtype.is_floating_point or fail(OP, name, "floating point", t.dtype)
     on_device(OP, "x", x.device, weight=weight, bias=bias)
     facts = {"weight": weight.dtype, "wide": True if C[0] > 4096 else False, "large": large(prod(x.shape[:-1]))}
-    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
+    if x.device.type in KEYS and torch.is_autocast_enabled(x.device.type):
         facts["autocast"] = True
     return call(OP, choose(OP, x.device, x.dtype, **facts), x, weight, bias, eps)
+
+
+def by_module(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """norm(x): by the operator where its kernel may serve; it has neither gradient nor autocast, and a backend that is forced for the
+    other operators is no reason to fail."""
+    autocast = x.device.type in KEYS and torch.is_autocast_enabled(x.device.type)
+    return norm(x) if torch.is_grad_enabled() or autocast else layer_norm(x, norm.weight, norm.bias, norm.eps)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

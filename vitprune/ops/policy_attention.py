@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native import policy_attention as native
-from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, is_int, large, on_device, run, serve
+from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, is_int, is_number, large, on_device, run, serve
 
 OP = "policy_attention"
 
@@ -22,6 +22,7 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, scale: 
     Raises ValueError for arguments whose shapes, dtypes or devices do not fit together.
     """
     B, H, N, D = _check(q, k, v, policy, eps)
+    scale is None or is_number(scale) or fail(OP, "scale", "a number (it has no gradient)", repr(scale))
     if q.numel() == 0:
         return v + 0 * (q + k + policy.sum())  # each has a gradient
     fits = True if D % 16 == 0 and 16 <= D <= 128 else False  # a branch, not the size: a graph with dynamic sizes has none to choose by
@@ -81,7 +82,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float) -> torch
     policy.shape == expected or fail(OP, "policy", f"[B, N] = {expected}", policy.shape)
     policy.dtype.is_floating_point or fail(OP, "policy", "floating point (a boolean mask has no gradient)", policy.dtype)
     on_device(OP, "q", q.device, k=k, v=v, policy=policy)
-    eps >= 0 or fail(OP, "eps", ">= 0", eps)
+    (is_number(eps) and eps >= 0) or fail(OP, "eps", "a number >= 0", repr(eps))
     return q.shape
 
 

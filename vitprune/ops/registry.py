@@ -1,6 +1,7 @@
 """How an operator is registered and which of its backends runs: one table per operator, chosen in one place."""
 import contextlib
 import functools
+import numbers
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -81,9 +82,11 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
     if torch.compiler.is_exporting():  # an exported graph must run where this package is not installed
         return next(b.name for b in TABLES[op].values() if b.composite)
     forced = getattr(_local, "forced", None)
-    if torch.autograd.forward_ad._current_level >= 0:  # kernels would drop the tangents
+    dual = torch.autograd.forward_ad._current_level >= 0  # kernels would drop the tangents
+    if dual or torch._C._are_functorch_transforms_active():
         if forced in TABLES[op] and not TABLES[op][forced].composite:
-            raise RuntimeError(f"{op}: backend {forced!r} has no forward-mode derivative; 'reference' has one")
+            lacks = "forward-mode derivative" if dual else "form that torch.func transforms"
+            raise RuntimeError(f"{op}: backend {forced!r} has no {lacks}; 'reference' has one")
         return forced if forced in TABLES[op] else "reference"
     if device.type in KEYS and torch.is_autocast_enabled(device.type) and any(CAST.get(op, ())) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)  # what a kernel will be given
@@ -256,6 +259,11 @@ def on_device(op: str, of: str, device: torch.device, **tensors: Tensor | None) 
 def is_int(value) -> bool:
     """Whether that is an integer, also one of a graph that is being traced; True is none."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) or isinstance(value, Tensor) and torch.jit.is_tracing()
+
+
+def is_number(value) -> bool:
+    """Whether that is a real number that no gradient could belong to."""
+    return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt))
 
 
 def values(t: Tensor) -> list | None:

@@ -2,7 +2,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layer_norm import layer_norm
+from .layer_norm import by_module
 from .linear import linear
 from .registry import Backend, call, choose, fail, on_device, serve
 
@@ -33,7 +33,7 @@ def split(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Tensor:
     """Without the concatenation: the shared half of its product is one vector an image, and two logits need no softmax."""
     norm, first = predictor.in_conv[:2]
     second, third, last = predictor.out_conv[0], predictor.out_conv[2], predictor.out_conv[4]
-    x = linear(layer_norm(patches, norm.weight, norm.bias, norm.eps), first.weight, first.bias, gelu=True)
+    x = linear(by_module(norm, patches), first.weight, first.bias, gelu=True)
     local, shared = x.chunk(2, dim=-1)
     if mask is None:
         shared = shared.sum(1) / max(patches.shape[1], 1)

@@ -7,7 +7,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import short_attention as native
-from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, is_int, large, on_device, run, serve, values
+from .registry import (
+    Backend,
+    call,
+    choose,
+    define,
+    fail,
+    find,
+    gradient,
+    interpreted,
+    is_int,
+    is_number,
+    large,
+    on_device,
+    run,
+    serve,
+    values,
+)
 
 OP = "short_attention"
 SMALL = 120_000  # scores: measured on a CPU
@@ -35,6 +51,7 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
         on_device(OP, "qkv", qkv.device, cu_seqlens=cu_seqlens)
         if (ends := values(cu_seqlens)) is not None:
             native.lengths(ends, qkv.shape[0], max_seqlen)
+    scale is None or is_number(scale) or fail(OP, "scale", "a number (it has no gradient)", repr(scale))
     D = qkv.shape[-1] // (3 * num_heads)
     if D == 0:
         return qkv.clone()

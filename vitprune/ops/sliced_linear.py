@@ -30,6 +30,7 @@ def sliced_linear(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, *, side:
     inputs = w.shape[1] if side == "out" else live.shape[0] * width
     (x.dim() > 0 and x.shape[-1] == inputs) or fail(OP, "x", f"[..., {inputs}]", x.shape)
     b is None or b.shape == w.shape[:1] or fail(OP, "b", f"[O] = {tuple(w.shape[:1])}", b if b is None else b.shape)
+    x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
     on_device(OP, "x", x.device, w=w, b=b, live=live)
     return call(OP, choose(OP, x.device, x.dtype, width=width, large=large(prod(x.shape[:-1]))), x, w, b, live, side, width)
 
@@ -71,7 +72,7 @@ def gradients_by_products(product, dy: Tensor, x: Tensor, w: Tensor, live: Tenso
     dx, dw, db = torch.empty(flat.shape, dtype=x.dtype, device=x.device), torch.zeros_like(w), dy.sum(0).to(w.dtype)
     product(dy, w, dx, live, width, live_columns=not out, live_depth=out)
     product(dy.t(), flat, dw, live, width, live_rows=out, full_columns=not out)
-    return dx.view(x.shape), dw, spread(w[:, 0], live, width, db) if out else db
+    return dx.view(x.shape), dw, spread(w.new_empty(w.shape[0]), live, width, db) if out else db
 
 
 def as_rows(t: Tensor) -> Tensor:

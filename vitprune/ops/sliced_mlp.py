@@ -32,6 +32,7 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     check_live(OP, live, hidden // width)
     out = (*x.shape[:-1], w2.shape[0])
     residual is None or residual.shape == out or fail(OP, "residual", f"{out}", residual if residual is None else residual.shape)
+    x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
     on_device(OP, "x", x.device, w1=w1, b1=b1, w2=w2, b2=b2, live=live, residual=residual)
     name = choose(OP, x.device, x.dtype, width=width, large=large(prod(x.shape[:-1])))
     cast = x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
@@ -74,7 +75,7 @@ def gradients_by_products(product, dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor
     product(dh, w1, dx, live, width, live_depth=True)
     product(dh.t(), flat, dw1, live, width, live_rows=True)
     product(dy.t(), hidden, dw2, live, width, full_columns=True)
-    return dx.view(x.shape), dw1, spread(w1[:, 0], live, width, dh.sum(0)), dw2, dy.sum(0).to(w2.dtype)
+    return dx.view(x.shape), dw1, spread(w1.new_empty(w1.shape[0]), live, width, dh.sum(0)), dw2, dy.sum(0).to(w2.dtype)
 
 
 def _backward(dy, x, w1, b1, w2, live, width: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -90,7 +91,7 @@ def _backward(dy, x, w1, b1, w2, live, width: int, backend: str) -> tuple[Tensor
     h = F.linear(rows, w1_live, None if b1 is None else b1.index_select(0, index))
     dh = torch.ops.aten.gelu_backward(dy @ w2_live, h)
     scatter = lambda like, dim, values: torch.zeros_like(like).index_copy(dim, index, values)  # noqa: E731
-    return ((dh @ w1_live).view(x.shape), scatter(w1, 0, dh.t() @ rows), scatter(w1[:, 0], 0, dh.sum(0)),
+    return ((dh @ w1_live).view(x.shape), scatter(w1, 0, dh.t() @ rows), scatter(w1.new_empty(w1.shape[0]), 0, dh.sum(0)),
             scatter(w2, 1, dy.t() @ F.gelu(h)), dy.sum(0))
 
 
