@@ -1,6 +1,7 @@
 """Put the committed results into the README: `python bench/render.py` rewrites what is between `<!-- NAME -->` and `<!-- /NAME -->`.
 
-NAME is a file bench/results/NAME.json written by bench/model.py, or `cards`: all files card-*.json written by bench/card.py.
+NAME is a file bench/results/NAME.json written by bench/model.py, `cards`: all files card-*.json written by bench/card.py,
+or `choices`: the files in kernels/configs.
 """
 import argparse
 import json
@@ -101,12 +102,41 @@ def cards() -> str:
     return "\n\n".join(card(json.loads(path.read_text())) for path in found) or "No card has been measured yet."
 
 
+def choices(data: dict) -> str:
+    """Which backend serves, from a file of kernels/configs: a row an operator, a column a mode and pass."""
+    modes = {(False, False): "eager, forward", (False, True): "eager, with gradient", (True, False): "CUDA graph, forward",
+             (True, True): "CUDA graph, with gradient"}
+    found: dict[str, dict] = {}
+    for choice in data["choices"]:
+        facts = choice["facts"]
+        row = choice["op"] + (", packed" if facts.get("packed") else "")
+        cell = found.setdefault(row, {}).setdefault((facts.get("graph", False), facts.get("grad", False)), {})
+        cell[choice["dtype"], {True: "large", False: "small", None: ""}[facts.get("large")]] = choice["backend"]
+    lines = [f"| {data['card']} | " + " | ".join(modes.values()) + " |", "|-" * (len(modes) + 1) + "|"]
+    lines += [f"| `{row}` | " + " | ".join(words(cells[mode]) if mode in cells else "–" for mode in modes) + " |"
+              for row, cells in sorted(found.items())]
+    return "\n".join(lines)
+
+
+def words(cell: dict[tuple[str, str], str]) -> str:
+    """{(dtype, size): backend} in as few words as tell them apart."""
+    if len({*cell.values()}) == 1:
+        return next(iter(cell.values()))
+    kinds: dict[str, list[str]] = {}  # what serves by size -> dtypes
+    for kind in dict.fromkeys(kind for kind, _ in cell):
+        sizes = {size: backend for (k, size), backend in sorted(cell.items(), reverse=True) if k == kind}
+        same = len({*sizes.values()}) == 1
+        kinds.setdefault(next(iter(sizes.values())) if same else ", ".join(f"{s} {b}" for s, b in sizes.items()), []).append(kind)
+    named = {text: "16 bits" if {*some} == {"float16", "bfloat16"} else ", ".join(some) for text, some in kinds.items()}
+    return next(iter(named)) if len(named) == 1 else "; ".join(f"{some}: {text}" for text, some in named.items())
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
     readme = ROOT / "README.md"
     text = readme.read_text()
     blocks = {path.stem: table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("model_*.json"))}
-    for name, content in (blocks | {"cards": cards()}).items():
+    shipped = "\n\n".join(choices(json.loads(path.read_text())) for path in sorted((ROOT / "kernels/configs").glob("*.json")))
+    for name, content in (blocks | {"cards": cards()} | ({"choices": shipped} if shipped else {})).items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not block.search(text):
             raise SystemExit(f"README.md has no <!-- {name} --> ... <!-- /{name} --> to fill")
@@ -115,4 +145,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

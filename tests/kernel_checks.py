@@ -1,10 +1,13 @@
 """What the tests of every kernel share: random cases, memory layouts, and compilation for cards that are not here."""
+import contextlib
+import importlib
 import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -62,6 +65,14 @@ def layout(t: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         wide[..., 3:] = t
         return wide[..., 3:]
     return t
+
+
+def tiled(kernel: str, config: dict):
+    """Launches of that module of kernels take these entries instead of the default ones."""
+    if not config:
+        return contextlib.nullcontext()
+    module = importlib.import_module(f"vitprune.kernels.{kernel}")
+    return mock.patch.object(module, "default", lambda *args, default=module.default, **shape: default(*args, **shape) | config)
 
 
 class Recorder:

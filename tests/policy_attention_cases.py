@@ -1,18 +1,15 @@
 """Random cases of policy_attention, and how close a kernel must come."""
-import contextlib
-from unittest import mock
-
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from kernel_checks import INTERPRETED, explore, layout
+from kernel_checks import INTERPRETED, explore, layout, tiled
 from oracles import within_twice, within_twice_unless_lucky
 
 from vitprune import ops
 from vitprune.ops import backend
 
 # queries, keys of a program, forward and for the gradients of queries and of keys; the first: the default ones.
-TILES = (None, ((64, 64), (64, 64), (64, 64)), ((128, 32), (32, 128), (64, 128)), ((32, 128), (64, 32), (32, 64)))
+TILES = ((), ((64, 64), (64, 64), (64, 64)), ((128, 32), (32, 128), (64, 128)), ((32, 128), (64, 32), (32, 64)))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -69,22 +66,14 @@ def tensors_of(case, device):
     return [*qkv, layout(policy, rng)], layout(random(B, H, N, D), rng)
 
 
-def tiled(tiles: int):
-    """The Triton kernels run with that entry of TILES."""
-    if not tiles:
-        return contextlib.nullcontext()
-    from vitprune.kernels import policy_attention as kernel
-    config = {at + size: n for at, pair in zip(kernel.PASSES, TILES[tiles]) for size, n in zip(("queries", "keys"), pair)}
-    return mock.patch.object(kernel, "default", lambda *args, default=kernel.default, **shape: default(*args, **shape) | config)
-
-
 def check(case, name, device, unlucky):
     """Errors at most twice the larger of plain PyTorch's and of the closed form's in the same dtype, which like any fused backward
     pass starts from the rounded output. Where luck decides, six times, or 8 units in the last place of the output (32 in float32, in
     which a score is a sum of 128 products): with a few tokens; with one score far above the kept ones, which makes the gradient of its
     policy, and its error; where the largest value alone was rounded luckily and the error of all, as a root mean square, is no larger."""
     tensors, up = tensors_of(case, device)
-    with tiled(case["tiles"]):
+    config = {f"{at}{size}": n for at, pair in zip(("", "dq_", "dk_"), TILES[case["tiles"]]) for size, n in zip(("queries", "keys"), pair)}
+    with tiled("policy_attention", config):
         got = run(name, tensors, up, case["eps"])
     plain, form = (run(name, tensors, up, case["eps"]) for name in ("reference", "closed form"))
     for a, b, same, c in zip(got, plain, form, true(tensors, up, case["eps"])):

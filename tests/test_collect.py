@@ -240,7 +240,7 @@ def test_calls_are_repeated_as_the_trainer_makes_them(monkeypatch, amp, dtype):
     monkeypatch.setattr(shares, "times", once)
     row = shares.shares("small", 2, torch.device("cpu"), training=True)
     assert row["dtype"] == dtype
-    assert row["calls"] == {"add_norm": 10, "layer_norm": 11, "policy_attention": 7, "short_attention": 3, "sliced_linear": 20,
+    assert row["calls"] == {"add_norm": 10, "policy_attention": 7, "short_attention": 3, "sliced_linear": 20,
                             "sliced_mlp": 10}
     assert row["share"] == row["calls"]
     assert shares.shares("small", 2, torch.device("cpu"), training=False)["calls"]["select_tokens"] == 3
@@ -274,3 +274,16 @@ def test_committed_results_are_what_the_readme_shows():
     for path in render.RESULTS.glob("card-*.json"):
         collect.check(json.loads(path.read_text()))
     assert f"<!-- cards -->\n{render.cards()}\n<!-- /cards -->" in before
+
+
+def test_choices_in_few_words():
+    """By dtype and size only where they differ."""
+    def choice(op, dtype, backend, **facts):
+        return {"op": op, "dtype": dtype, "facts": facts, "backend": backend}
+    halves, both = ("float16", "bfloat16"), (True, False)
+    data = {"card": "Tesla T4", "choices": [
+        *(choice("a", kind, "cuda", large=large) for kind in ("float16", "float32") for large in both),
+        *(choice("a", kind, "triton" if large else "cuda", large=large, graph=True) for kind in ("float16", "float32") for large in both),
+        *(choice("b", kind, "triton" if kind in halves else "cuda", grad=True, packed=True) for kind in (*halves, "float32"))]}
+    assert render.choices(data).splitlines()[2:] == ["| `a` | cuda | – | small cuda, large triton | – |",
+                                                     "| `b, packed` | – | 16 bits: triton; float32: cuda | – | – |"]

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
+from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record, tiled
 from oracles import check_operator, gelu, within_twice_unless_lucky
 
 from vitprune import ops
@@ -43,6 +43,10 @@ def test_dead_units_get_exactly_zero():
     assert w1.grad[:2].all() and w2.grad[:, 6:].all()
 
 
+NAMES = [f"{of}{size}" for of in ("", "weight_") for size in ("rows", "columns", "depth")]
+TILES = [dict(zip(NAMES, tile)) for tile in ((), (128, 64, 64, 64, 128, 64), (64, 128, 32, 128, 64, 128), (256, 64, 64, 64, 64, 64))]
+
+
 @st.composite
 def cases(draw, real: bool):
     blocks = 4 if real else draw(st.integers(1, 4))
@@ -52,11 +56,13 @@ def cases(draw, real: bool):
     return {"shape": shape, "C": 64 * heads if real else draw(st.integers(1, 50)), "blocks": blocks, "live": live,
             "width": 64 if real else draw(st.sampled_from((16, 32, 48))), "real": real,
             "b1": draw(st.booleans()), "b2": draw(st.booleans()), "residual": draw(st.booleans()),
+            # a card compiles each anew; the default ones, the first, take longest to interpret
+            "tiles": draw(st.sampled_from((1, 2, 3, 1, 2, 3, 0) if real else (0, 1, 2, 3))) if INTERPRETED else 0,
             "dtype": draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32))), "seed": draw(st.integers(0, 2 ** 32 - 1))}
 
 
 def describe(case):
-    return [str(case["dtype"]), f"width={case['width']}", f"live={len(case['live'])}/{case['blocks']}",
+    return [str(case["dtype"]), f"width={case['width']}", f"live={len(case['live'])}/{case['blocks']}", f"tiles={case['tiles']}",
             *(k for k in ("b1", "b2", "residual", "real") if case[k])]
 
 
@@ -87,7 +93,9 @@ def explored(name, device, count):
 
     def check(case):
         tensors, live, up = tensors_of(case, device)
-        got, plain = (run(name, tensors, live, up, case["width"]) for name in (name, "reference"))
+        with tiled("sliced_linear", TILES[case["tiles"]]):  # which has the choice for both operators
+            got = run(name, tensors, live, up, case["width"])
+        plain = run("reference", tensors, live, up, case["width"])
         for a, b, c in zip(got, plain, run("reference", tensors, live, up, case["width"], torch.Tensor.double), strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape
             lucky.append(within_twice_unless_lucky(a, b, c))

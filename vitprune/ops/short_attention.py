@@ -207,7 +207,7 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
     return triton.refuses(device, dtype, **facts)
 
 
-# On an H200 the library is the fastest for a dense batch in eager mode, and for packed rows, which it must pad, the slowest.
+# On an H200 the library is nearly the fastest for a dense batch in eager mode, and for packed rows, which it must pad, the slowest.
 serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
       Backend("library", library, composite=True, yields=lambda device, packed=False, **_: packed and device.type == "cuda"),
       Backend("cuda", native.cuda, refuses=native.refuses_cuda, yields=lambda device, packed=False, **_: not packed),
