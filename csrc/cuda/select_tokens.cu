@@ -12,7 +12,7 @@ __device__ void copy_row(const char *from, char *to, long long units, long long 
   for (long long u = lane; u < units; u += lanes) ((Unit *)to)[u] = *(const Unit *)(from + u * stride);
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) select_tokens(const SelectTokensParams p) {
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) select_tokens(const SelectTokensParams p) {
   SHARED(unsigned long long[MAX_THREADS], scan);  // above << 32 | equal
   SHARED(long long[MAX_ROWS], kept);
   const int tid = threadIdx.x, threads = blockDim.x;
