@@ -67,8 +67,6 @@ def shares(name: str, batch: int, device: torch.device, training: bool) -> dict:
         block.mlp.set_live(masks.live(model.embed_dim, 0.5).tolist())
     images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.zeros(batch, dtype=torch.long, device=device)
     trainer = Run(model, TrainConfig(backbone_frozen_epochs=0), 1000, dense) if training else None
-    if training:
-        trainer.teacher = dense  # the shares are of what the model itself calls
     kind = trainer.dtype if training else torch.float16 if device.type == "cuda" else None
     if not training and kind is not None:
         model, images = model.to(kind), images.to(kind)

@@ -4,8 +4,6 @@ DeiT-S, tokens 0.7, distilled from its dense form, every weight trained: forward
 as `vitprune train` runs them, with memory that is freed kept for the next step; that is a matter of the process, so all rows
 without it come first.
 """
-import functools
-
 import torch
 
 from bench.common import forced, main, timed
@@ -21,13 +19,10 @@ def steps(batch: int, device: torch.device) -> tuple[dict, str]:
     dense = timm.create_model("deit_small_patch16_224").to(device).eval()
     images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.randint(1000, (batch,), device=device)
     run = Run(prune(dense, TokenPruning(0.7)).to(device), TrainConfig(backbone_frozen_epochs=0), 1000, dense)
-    own = run.teacher
 
-    def step(teacher):
-        run.teacher = teacher
+    def step():
         run.step(0, images, labels)
-    plain, ours = functools.partial(step, dense), functools.partial(step, own)
-    return {"plain": forced("reference", plain), "vitprune": ours}, str(run.dtype or torch.float32).removeprefix("torch.")
+    return {"plain": forced("reference", step), "vitprune": step}, str(run.dtype or torch.float32).removeprefix("torch.")
 
 
 def rows(device: torch.device, min_time: float = 0.05):

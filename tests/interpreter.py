@@ -1,4 +1,4 @@
-"""Triton's interpreter, rounding as cards do and three times as fast: it spends its time on types, not on numbers."""
+"""Triton's interpreter, rounding as cards do and twice as fast: it spends its time on types, not on numbers."""
 import functools
 import operator
 from types import SimpleNamespace

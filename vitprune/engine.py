@@ -107,7 +107,7 @@ def _eager(model: nn.Module, images: Tensor) -> Engine:
     return torch.inference_mode()(model.__call__)
 
 
-def own(model: nn.Module) -> nn.Module:
+def _own(model: nn.Module) -> nn.Module:
     """A dense model in the modules and operators of this package, nothing pruned: what pruning itself must beat."""
     from .blocks import BlockPruning
     from .vit import prune
@@ -121,14 +121,14 @@ def own(model: nn.Module) -> nn.Module:
 
 
 def _modules(model: nn.Module, images: Tensor) -> Engine:
-    return _eager(own(model), images)
+    return _eager(_own(model), images)
 
 
 def _packed(model: nn.Module, images: Tensor) -> Engine:
     """`modules` with the weights of dense linear layers laid out beforehand as oneDNN reads them; a second copy of these weights."""
     from .ops.linear import pack
 
-    packed = copy.deepcopy(model) if hasattr(model, "learning") else own(model)
+    packed = copy.deepcopy(model) if hasattr(model, "learning") else _own(model)
     layers = [layer for block in packed.blocks for layer in block.modules() if type(layer) is nn.Linear]
     rows: dict[nn.Module, int] = {}
     handles = [layer.register_forward_pre_hook(lambda layer, args: rows.update({layer: args[0].numel() // args[0].shape[-1]}))
@@ -277,5 +277,5 @@ def check_onnx(path: str | os.PathLike, model: nn.Module, images: Tensor) -> flo
 ENGINES = {"eager": _eager, "modules": _modules, "packed": _packed, "compiled": _compiled("default"),
            "compiled:max-autotune": _compiled("max-autotune-no-cudagraphs"),
            "compiled:reduce-overhead": _compiled("reduce-overhead"), "cuda_graph": _cuda_graph,
-           "modules:cuda_graph": lambda model, images: _cuda_graph(own(model), images),
+           "modules:cuda_graph": lambda model, images: _cuda_graph(_own(model), images),
            "onnxruntime": _onnxruntime, "openvino": _openvino}

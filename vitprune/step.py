@@ -1,7 +1,6 @@
 """One update of a model in training: objective, learned blocks, mixed precision, gradients, and what an epoch records."""
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +14,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from . import learned
-from .engine import Unavailable, own
 from .evaluate import evaluate, first_non_finite, forward, teach, world
 from .losses import DynamicViTLoss
 
@@ -65,9 +63,6 @@ class Run:
         """steps: of an epoch; teacher: the dense model that distils, or None."""
         self.model, self.config, self.steps, self.teacher = model, config, steps, teacher
         self.device = next(model.parameters()).device
-        if teacher is not None and self.device.type == "cpu":  # there linear layers with their bias, GELU and sum are one call
-            with contextlib.suppress(Unavailable):
-                self.teacher = own(teacher)
         self.optimizer = create_optimizer_v2(parameter_groups(model, config), opt=config.opt, lr=config.lr)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer, sched=config.sched, num_epochs=config.epochs, min_lr=config.min_lr, warmup_epochs=config.warmup_epochs,
