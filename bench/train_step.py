@@ -1,9 +1,12 @@
 """A training step of DynamicViT beside the same step in plain PyTorch: `python -m bench.train_step [DEVICE]` prints JSON.
 
-DeiT-S, tokens 0.7, distilled from its dense form, every weight trained: forward, backward and update. On a CPU both are also timed
-as `vitprune train` runs them, with memory that is freed kept for the next step; that is a matter of the process, so all rows
-without it come first.
+DeiT-S, tokens 0.7, distilled from its dense form, every weight trained: forward, backward and update. Predictors keep 0.7 of what they
+see, as trained ones do. "plain": every operator's reference and every gradient. "vitprune": what the trainer does on that device;
+"vitprune sparse" or "vitprune full": the same with `sparse_backward` the other way. On a CPU all are also timed as `vitprune train` runs
+them, with memory that is freed kept for the next step; that is a matter of the process, so all rows without it come first.
 """
+import functools
+
 import torch
 
 from bench.common import forced, main, timed
@@ -13,16 +16,23 @@ from vitprune.train import TrainConfig, keep_memory
 
 
 def steps(batch: int, device: torch.device) -> tuple[dict, str]:
-    """Name -> a step, "plain" with each operator's reference, "vitprune" with what is chosen on this machine; and their precision."""
+    """Name -> a step, and their precision."""
     import timm
     torch.manual_seed(0)
     dense = timm.create_model("deit_small_patch16_224").to(device).eval()
     images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.randint(1000, (batch,), device=device)
-    run = Run(prune(dense, TokenPruning(0.7)).to(device), TrainConfig(backbone_frozen_epochs=0), 1000, dense)
 
-    def step():
-        run.step(0, images, labels)
-    return {"plain": forced("reference", step), "vitprune": step}, str(run.dtype or torch.float32).removeprefix("torch.")
+    def run(sparse: bool | None) -> Run:
+        model = prune(dense, TokenPruning(0.7)).to(device)
+        for predictor in model.score_predictor:
+            predictor.out_conv[4].bias.data.copy_(torch.tensor([0.7, 0.3]).log())
+        return Run(model, TrainConfig(backbone_frozen_epochs=0, sparse_backward=sparse), 1000, dense)
+    full, usual = run(False), run(None)
+    other = run(not usual.student.sparse_backward)
+    named = {"vitprune": usual, f"vitprune {'sparse' if other.student.sparse_backward else 'full'}": other}
+    calls = {name: functools.partial(r.step, 0, images, labels) for name, r in named.items()}
+    return {"plain": forced("reference", full.step, step=0, images=images, labels=labels), **calls}, str(
+        usual.dtype or torch.float32).removeprefix("torch.")
 
 
 def rows(device: torch.device, min_time: float = 0.05):

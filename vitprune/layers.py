@@ -3,7 +3,7 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from timm.layers import Attention, LayerScale, Mlp
+from timm.layers import Attention, DropPath, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from . import ops
 from .dense import dense, drop, normalise, watched
 from .ops.sliced_linear import block_index
+from .split import Split
 
 
 def adopt(cls: type[nn.Module], module: nn.Module) -> nn.Module:
@@ -86,12 +87,18 @@ class PrunedAttention(Attention):
             raise ValueError("PrunedAttention: attn_mask and is_causal must be off where a policy or cu_seqlens is given")
         if policy is not None and cu_seqlens is not None:
             raise ValueError("PrunedAttention: policy must be None for packed rows, whose dropped tokens are gone")
-        H = self.live_heads
-        if H == 0:
+        if self.live_heads == 0:
             if class_attention:
                 raise ValueError("PrunedAttention: class_attention must be False in a layer without heads")
-            return drop(self.proj_drop, self._proj(x[..., :0]))
-        qkv = self._qkv(x)
+            return self.project(x[..., :0])
+        y, scores = self.attend(self.qkv_of(x), attn_mask, is_causal, policy, cu_seqlens, max_seqlen, class_attention)
+        return (self.project(y), scores) if class_attention else self.project(y)
+
+    def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, policy: Tensor | None = None,
+               cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+               class_attention: bool = False) -> tuple[Tensor, Tensor | None]:
+        """What lies between the products: qkv [..., 3*H*D] of the H > 0 live heads -> [..., H*D], and with class_attention the scores."""
+        H, masked = self.live_heads, attn_mask is not None or is_causal
         normed = not isinstance(self.q_norm, nn.Identity)
         dropout = self.attn_drop.p if self.training else 0.0
         dims = self._dims()
@@ -117,8 +124,15 @@ class PrunedAttention(Attention):
             y = y.transpose(1, 2).flatten(2)
         if self.head_gate is not None and self.live is None:  # live heads were chosen: what their gates would do is done
             y = (y.unflatten(-1, (H, self.head_dim)) * self.head_gate().to(y.dtype)[:, None]).flatten(-2)
-        out = drop(self.proj_drop, self._proj(y))
-        return (out, _class_attention(q, k, self.scale)) if class_attention else out
+        return y, _class_attention(q, k, self.scale) if class_attention else None
+
+    def project(self, y: Tensor) -> Tensor:
+        """y [..., H*D] of the live heads -> [..., C]."""
+        if self.live is None:
+            y = dense(self.proj, y)
+        else:
+            y = ops.sliced_linear(y, self.proj.weight, self.proj.bias, self.live, side="in", width=self.head_dim)
+        return drop(self.proj_drop, y)
 
     def _dims(self) -> Tensor | None:
         """What multiplies the dimensions of the live heads, [2, H, D]; None where all are as they are."""
@@ -129,16 +143,12 @@ class PrunedAttention(Attention):
         factors = torch.zeros(2, self.num_heads, self.head_dim, device=self.dims.device).scatter(-1, self.dims, 1.0)
         return factors if self.live is None else factors[:, self.live]
 
-    def _qkv(self, x: Tensor) -> Tensor:
+    def qkv_of(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., 3*H*D] of the live heads."""
         if self.live is None:
             return dense(self.qkv, x)
         blocks = torch.cat([self.live + i * self.num_heads for i in range(3)])
         return ops.sliced_linear(x, self.qkv.weight, self.qkv.bias, blocks, side="out", width=self.head_dim)
-
-    def _proj(self, y: Tensor) -> Tensor:
-        if self.live is None:
-            return dense(self.proj, y)
-        return ops.sliced_linear(y, self.proj.weight, self.proj.bias, self.live, side="in", width=self.head_dim)
 
 
 def _class_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:  # [B, N, H, D] x2 -> [B, N]
@@ -214,6 +224,29 @@ class PrunedBlock(Block):
         """x [B, N, C] (or packed rows [T, C]) -> the same shape; the other arguments are PrunedAttention's."""
         y = self.attn(normalise(self.norm1, x), attn_mask, is_causal, policy, class_attention=class_attention, **packed)
         y, scores = y if class_attention else (y, None)
+        x = self._finish(x, y)
+        return (x, scores) if class_attention else x
+
+    def splits(self) -> bool:
+        """Whether `forward_split` equals `forward`: all but attention works token by token, draws nothing, and nobody watches it."""
+        def draws(m: nn.Module) -> bool:
+            return m.training and (isinstance(m, nn.Dropout) and m.p > 0 or isinstance(m, DropPath) and m.drop_prob > 0)
+        parts = [m for m in self.modules() if m is not self.attn.attn_drop]
+        return self.attn.live_heads > 0 and not any(watched(m) or draws(m) for m in parts)
+
+    def forward_split(self, kept: Tensor, dropped: Tensor, split: Split, policy: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` for tokens in two parts, kept [L, C] and dropped [M, C] by policy [B, N]; only the kept ones' gradient is computed."""
+        attn = self.attn  # kept ones first: autocast remembers a weight that it has cast as it was cast first, with a gradient
+        qkv = attn.qkv_of(normalise(self.norm1, kept))
+        with torch.no_grad():
+            unseen = attn.qkv_of(normalise(self.norm1, dropped))
+        y, unread = split.part(attn.attend(split.join(qkv, unseen), policy=policy)[0])
+        kept = self._finish(kept, attn.project(y))
+        with torch.no_grad():
+            return kept, self._finish(dropped, attn.project(unread))
+
+    def _finish(self, x: Tensor, y: Tensor) -> Tensor:
+        """What follows attention, whose output is y; token by token."""
         fused = isinstance(self.norm2, nn.LayerNorm) and isinstance(self.ls1, (nn.Identity, LayerScale))
         if fused and not watched(self.norm2) and not watched(self.ls1):
             x, y = ops.add_norm(x, self.drop_path1(y), self.norm2.weight, self.norm2.bias, self.norm2.eps,
@@ -223,10 +256,8 @@ class PrunedBlock(Block):
             y = self.norm2(x)
         after = self.ls2, self.drop_path2
         if all(isinstance(m, nn.Identity) for m in after) and not any(map(watched, (self.mlp, *after))):
-            x = self.mlp(y, x)
-        else:
-            x = x + self.drop_path2(self.ls2(self.mlp(y)))
-        return (x, scores) if class_attention else x
+            return self.mlp(y, x)
+        return x + self.drop_path2(self.ls2(self.mlp(y)))
 
 
 @torch.no_grad()

@@ -48,12 +48,12 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 class Student(nn.Module):
     """A model whose call is `forward`, so that DistributedDataParallel sees it."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, sparse_backward: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.sparse_backward = model, sparse_backward
 
     def forward(self, images: Tensor):
-        return forward(self.model, images)
+        return forward(self.model, images, self.sparse_backward)
 
 
 class Run:
@@ -71,7 +71,8 @@ class Run:
         self.ema = None if config.ema is None else ModelEmaV3(model, decay=config.ema)
         self.dtype = _amp(config.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.student = Student(model)
+        sparse = self.device.type == "cpu" if config.sparse_backward is None else config.sparse_backward
+        self.student = Student(model, sparse)
         if world()[1] > 1:
             self.student = nn.parallel.DistributedDataParallel(self.student)
         self.mixup = None

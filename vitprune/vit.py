@@ -14,6 +14,7 @@ from . import learned, ops
 from .blocks import BlockPruning
 from .dense import PatchProduct, normalise
 from .layers import PrunedAttention, PrunedBlock, PrunedMlp, adopt, compact_block
+from .split import Split
 from .tokens import TokenPredictor, TokenPruning, sample_policy
 
 
@@ -36,6 +37,22 @@ class _Stream(NamedTuple):
     decisions: tuple[Tensor, ...] = ()
     stages: tuple[Tensor, ...] = ()     # ids kept after each stage, on the original grid
     num_patches: int = 0                # of this batch's images
+    split: Split | None = None          # training, sparse_backward: x is the kept rows [L, C]
+    dropped: Tensor | None = None       # the others [M, C]
+
+    def whole(self, last: bool = False) -> "_Stream":
+        """With all tokens in x; last: see Split.join."""
+        if self.split is None:
+            return self
+        return self._replace(x=self.split.join(self.x, self.dropped, last), split=None, dropped=None)
+
+    def parted(self) -> "_Stream":
+        """In two parts by the policy; as it is where there is none."""
+        if self.policy is None:
+            return self
+        split = Split(self.policy)
+        kept, dropped = split.part(self.x)
+        return self._replace(x=kept, split=split, dropped=dropped)
 
 
 class _Pruned:
@@ -75,7 +92,7 @@ class _Pruned:
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
-    def _stream(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> _Stream:
+    def _stream(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, sparse: bool = False) -> _Stream:
         if not isinstance(images, Tensor):
             raise TypeError(f"PrunedViT: images must be a tensor, got {type(images).__name__}")
         H, W = self.patch_embed.img_size if getattr(self.patch_embed, "strict_img_size", False) else ("H", "W")
@@ -91,9 +108,16 @@ class _Pruned:
         state, scores = _Stream(x, num_patches=num_patches), None
         at = () if self.tokens is None else self.tokens.at
         asks = self.tokens is not None and self.tokens.score == "cls_attention"
+        sparse = sparse and torch.is_grad_enabled() and not (self.grad_checkpointing or torch.compiler.is_compiling())
+        sparse = sparse and all(block.splits() for block in self.blocks)
         for i, block in enumerate(self.blocks):
             if i in at:
-                state = self._prune_tokens(state, at.index(i), num_patches, scores)
+                state = self._prune_tokens(state.whole(), at.index(i), num_patches, scores)
+                state = state.parted() if sparse else state
+            if state.split is not None:
+                x, dropped = block.forward_split(state.x, state.dropped, state.split, state.policy)
+                state = state._replace(x=x, dropped=dropped)
+                continue
             options = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {"policy": state.policy}
             if asks and i + 1 in at:
                 options["class_attention"] = True
@@ -105,7 +129,7 @@ class _Pruned:
                 x = block(state.x, **options)
             x, scores = x if "class_attention" in options else (x, None)
             state = state._replace(x=x)
-        x = normalise(self.norm, state.x)
+        x = normalise(self.norm, state.whole(last=True).x)
         if state.cu_seqlens is not None:
             x = ops.expand_rows(x, state.cu_seqlens, state.mask)
         return state._replace(x=x)
@@ -176,9 +200,14 @@ class _Pruned:
         return self._stream(x, attn_mask, is_causal).x
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
-                details: bool = False) -> Tensor | PrunedOutput:
-        """Images [B, 3, H, W] -> logits; with details, a PrunedOutput."""
-        state, P = self._stream(x, attn_mask, is_causal), self.num_prefix_tokens
+                details: bool = False, sparse_backward: bool = False) -> Tensor | PrunedOutput:
+        """Images [B, 3, H, W] -> logits; with details, a PrunedOutput.
+
+        sparse_backward: in training under a policy compute gradients for kept tokens alone. For a loss that reads no dropped token they
+        are all there is, but for the share `eps` of a dropped key; for another the backward pass raises RuntimeError. It has no effect
+        with checkpointed or compiled blocks, nor where one of them has dropout, stochastic depth or hooks.
+        """
+        state, P = self._stream(x, attn_mask, is_causal, sparse_backward), self.num_prefix_tokens
         policy = state.mask if state.policy is None else state.policy
         logits = self.forward_head(state.x if policy is None else self._weigh(state.x, policy))
         if not details:

@@ -51,18 +51,18 @@ struct Head {  // sizes and scratch of one thread
 };
 
 // A dropped token's score of itself, taken from its key as it is (eps = 0).
-void get_own_scores(const Head &h, int first, int rows, const Rows &k) {
+void get_own_scores(const Head &h, const int *tokens, int rows, const Rows &k) {
   for (int i = 0; i < rows; i++) {
-    if (h.policy[first + i] > 0) continue;
-    read(k, first + i, 1, h.d, h.acc);
-    h.scores[i * h.n + first + i] = dot(h.q + i * h.d, h.acc, h.d);
+    if (h.policy[tokens[i]] > 0) continue;
+    read(k, tokens[i], 1, h.d, h.acc);
+    h.scores[i * h.n + tokens[i]] = dot(h.q + i * h.d, h.acc, h.d);
   }
 }
 
-// The scores of `rows` queries from `first`; those past N are -inf.
-void get_scores(const Params &p, const Head &h, int first, int rows, const Rows &k) {
+// The scores of the queries of `rows` tokens; those past N are -inf.
+void get_scores(const Params &p, const Head &h, const int *tokens, int rows, const Rows &k) {
   product(rows, h.n, p.D, h.q, h.d, 1, h.kt, h.n, h.scores, h.n, false);
-  if (p.eps == 0) get_own_scores(h, first, rows, k);
+  if (p.eps == 0) get_own_scores(h, tokens, rows, k);
   for (int i = 0; i < rows; i++) {
     float *const row = h.scores + i * h.n;
     for (int j = 0; j < h.n; j += LANES) store(row + j, load(row + j) * p.scale);
@@ -107,8 +107,10 @@ void forward(const Params &p, const Head &h, int b, int head) {
       for (int d = 0; d < h.d; d++) h.sums[d] += p.eps / p.N * h.v[j * h.d + d];
   for (int first = 0; first < p.N; first += ROWS) {
     const int rows = p.N - first < ROWS ? p.N - first : ROWS;
+    int tokens[ROWS];
+    for (int i = 0; i < rows; i++) tokens[i] = first + i;
     read(q, first, rows, h.d, h.q);
-    get_scores(p, h, first, rows, k);
+    get_scores(p, h, tokens, rows, k);
     for (int i = 0; i < rows; i++) {
       const float kept = h.policy[first + i];
       h.policy[first + i] = 1;
@@ -172,6 +174,12 @@ void differentiate(const Params &p, const Head &h, float *scores, float *da, flo
   for (int j = p.N; j < h.n; j++) scores[j] = 0;
 }
 
+bool is_zero(const float *x, int size) {
+  for (int i = 0; i < size; i++)
+    if (x[i] != 0) return false;
+  return true;
+}
+
 void backward(const Params &p, const Head &h, int b, int head) {
   const Rows q = rows_of(p, p.q, p.q_strides, b, head), k = rows_of(p, p.k, p.k_strides, b, head);
   const Rows v = rows_of(p, p.v, p.v_strides, b, head), out = rows_of(p, p.out, p.out_strides, b, head);
@@ -185,14 +193,22 @@ void backward(const Params &p, const Head &h, int b, int head) {
   if (p.eps == 0) clean(p, h.policy, h.d, h.k), clean(p, h.policy, h.d, h.v);
   transpose(h.k, p.N, h.d, h.kt, h.n);
   transpose(h.v, p.N, h.d, h.vt, h.n);
-  for (int first = 0; first < p.N; first += ROWS) {
-    const int rows = p.N - first < ROWS ? p.N - first : ROWS;
-    read(q, first, rows, h.d, h.q);
-    read(dout, first, rows, h.d, h.up);
-    get_scores(p, h, first, rows, k);
+  for (long long i = 0; i < (long long)p.N * h.d; i++) h.dk[i] = h.dv[i] = 0;
+  for (int next = 0; next < p.N;) {
+    int tokens[ROWS], rows = 0;
+    for (; next < p.N && rows < ROWS; next++) {  // a query whose output has no gradient gives none
+      float *const up = h.up + rows * h.d;
+      read(dout, next, 1, h.d, up);
+      if (is_zero(up, h.d))
+        write(dq, next, up, 1);
+      else
+        tokens[rows++] = next;
+    }
+    for (int i = 0; i < rows; i++) read(q, tokens[i], 1, h.d, h.q + i * h.d);
+    get_scores(p, h, tokens, rows, k);
     product(rows, h.n, p.D, h.up, h.d, 1, h.vt, h.n, h.grad, h.n, false);
     for (int i = 0; i < rows; i++) {
-      const int token = first + i;
+      const int token = tokens[i];
       const float kept = h.policy[token], gathered = h.dpolicy[token];
       h.policy[token] = 1;
       float dout_out = 0;
@@ -203,10 +219,10 @@ void backward(const Params &p, const Head &h, int b, int head) {
       if (top >= 0) h.grad[i * h.n + top] += dm;
       h.policy[token] = kept, h.dpolicy[token] = gathered;  // a token counts itself whatever its policy
     }
-    product(p.N, h.d, rows, h.scores, 1, h.n, h.up, h.d, h.dv, h.d, first > 0);
-    product(p.N, h.d, rows, h.grad, 1, h.n, h.q, h.d, h.dk, h.d, first > 0);
+    product(p.N, h.d, rows, h.scores, 1, h.n, h.up, h.d, h.dv, h.d, true);
+    product(p.N, h.d, rows, h.grad, 1, h.n, h.q, h.d, h.dk, h.d, true);
     product(rows, h.d, p.N, h.grad, h.n, 1, h.k, h.d, h.acc, h.d, false);
-    for (int i = 0; i < rows; i++) write(dq, first + i, h.acc + i * h.d, p.scale);
+    for (int i = 0; i < rows; i++) write(dq, tokens[i], h.acc + i * h.d, p.scale);
   }
   for (int i = 0; i < p.N; i++) {
     write(dk, i, h.dk + (long long)i * h.d, p.scale);
