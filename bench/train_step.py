@@ -1,9 +1,10 @@
 """A training step of DynamicViT beside the same step in plain PyTorch: `python -m bench.train_step [DEVICE]` prints JSON.
 
 DeiT-S, tokens 0.7, distilled from its dense form, every weight trained: forward, backward and update. Predictors keep 0.7 of what they
-see, as trained ones do. "plain": every operator's reference and every gradient. "vitprune": what the trainer does on that device;
-"vitprune sparse" or "vitprune full": the same with `sparse_backward` the other way. On a CPU all are also timed as `vitprune train` runs
-them, with memory that is freed kept for the next step; that is a matter of the process, so all rows without it come first.
+see, as trained ones do. "plain": every operator's reference and every gradient. "vitprune": what the trainer does on that device, on a
+CPU with `sparse_backward` ("vitprune full": without), on a GPU without ("vitprune sparse": with). On a CPU all are also timed as
+`vitprune train` runs them, with memory that is freed kept for the next step; that is a matter of the process, so all rows without it
+come first.
 """
 import functools
 
@@ -27,12 +28,10 @@ def steps(batch: int, device: torch.device) -> tuple[dict, str]:
         for predictor in model.score_predictor:
             predictor.out_conv[4].bias.data.copy_(torch.tensor([0.7, 0.3]).log())
         return Run(model, TrainConfig(backbone_frozen_epochs=0, sparse_backward=sparse), 1000, dense)
-    full, usual = run(False), run(None)
-    other = run(not usual.student.sparse_backward)
-    named = {"vitprune": usual, f"vitprune {'sparse' if other.student.sparse_backward else 'full'}": other}
-    calls = {name: functools.partial(r.step, 0, images, labels) for name, r in named.items()}
-    return {"plain": forced("reference", full.step, step=0, images=images, labels=labels), **calls}, str(
-        usual.dtype or torch.float32).removeprefix("torch.")
+    other = {"vitprune full": run(False)} if device.type == "cpu" else {"vitprune sparse": run(True)}
+    runs = {"plain": run(False), "vitprune": run(None), **other}
+    calls = {name: functools.partial(r.step, 0, images, labels) for name, r in runs.items()}
+    return calls | {"plain": forced("reference", calls["plain"])}, str(runs["plain"].dtype or torch.float32).removeprefix("torch.")
 
 
 def rows(device: torch.device, min_time: float = 0.05):

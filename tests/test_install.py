@@ -189,7 +189,7 @@ class TestBuild:
         """Those of the cards present, else all; or what is asked for. What says no asks for nothing."""
         assert cubins(wheel(tmp_path, **fake_cuda_home(tmp_path, SEES % plan), **asked)) == each_cubin(*archs)
 
-    @pytest.mark.parametrize("asked", ["8.0", "sm_80", "61", "80;x", "al", "90a"])
+    @pytest.mark.parametrize("asked", ["8.0", "sm_80", "61", "80;x", "al", "90a", ","])
     def test_architectures_that_are_none_fail(self, tmp_path, asked):
         """Also those that nvcc does not know; nothing but CUDA kernels would tell that they are missing."""
         done = pip_wheel(tmp_path, **fake_cuda_home(tmp_path, SEES % ("860", "")), VITPRUNE_CUDA_ARCHS=asked)

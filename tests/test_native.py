@@ -15,6 +15,7 @@ import torch
 from kernel_checks import CPP
 
 from vitprune import native, nvrtc
+from vitprune.doctor import report, text
 from vitprune.native import select_tokens as native_select_tokens
 from vitprune.ops import backend, policy_attention, registry, select_tokens, short_attention
 
@@ -203,13 +204,20 @@ def test_reason_without_cubin_and_nvrtc(monkeypatch):
 def test_forced_architecture(monkeypatch, asked):
     """Where there is an NVRTC to know architectures by; without one the form alone is refused."""
     monkeypatch.setattr(native, "_missing", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setenv("VITPRUNE_CUDA_ARCH", asked)
     if nvrtc.library():
         listed = " ".join(map(str, nvrtc.architectures()))
         message = re.escape(f"VITPRUNE_CUDA_ARCH must be an architecture that NVRTC compiles for ({listed}), got {asked!r}")
         with backend("cuda"), pytest.raises(ValueError, match=message):
             registry.choose("select_tokens", CUDA, torch.float32, scores=torch.float32, many=False, large=False)
+        with pytest.raises(ValueError, match=message):
+            report()
+        monkeypatch.setenv("VITPRUNE_CUDA_ARCH", "90")
+        with pytest.raises(ValueError, match="VITPRUNE_CUDA_ARCH must be at most 80 on this card, got '90'"):
+            native.capability(CUDA)
         monkeypatch.setenv("VITPRUNE_CUDA_ARCH", "75")
+        assert "forced     CUDA kernels of 7.5 (VITPRUNE_CUDA_ARCH)" in text(report())
         assert native.capability(CUDA) == (7, 5) and native.reason_cuda(CUDA, "select_tokens") is None
     monkeypatch.setattr(nvrtc, "library", lambda: None)
     monkeypatch.setenv("VITPRUNE_CUDA_ARCH", "61")

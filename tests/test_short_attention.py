@@ -10,6 +10,7 @@ from short_attention_cases import cases, describe, run, tensors_of
 
 from vitprune import ops
 from vitprune.native import short_attention as native
+from vitprune.ops import dispatch, registry
 from vitprune.ops.registry import choose
 
 BACKENDS = ["reference", "library"]
@@ -155,6 +156,27 @@ def test_cpp_serves_without_gradient_only():
             ops.short_attention(x, num_heads=2)
         with torch.no_grad():
             assert ops.short_attention(x, num_heads=2).shape == (1, 4, 32)
-    assert choose("short_attention", x.device, x.dtype, fits=True, packed=False, large=False, small=True) == "library"
+    facts = {"fits": True, "packed": True, "large": False, "small": False}
+    assert choose("short_attention", x.device, x.dtype, **facts) == "library"
     with torch.no_grad():
-        assert choose("short_attention", x.device, x.dtype, fits=True, packed=False, large=False, small=True) == "cpp"
+        assert choose("short_attention", x.device, x.dtype, **facts) == "cpp"
+
+
+@CPP
+def test_the_processor_decides_between_cpp_and_the_library(monkeypatch):
+    """As measured: PyTorch's products win in float32 on Intel's AVX-512 and in bfloat16 instructions on AMD's, over a dense batch."""
+    def chosen(vendor, width, dtype, bf16=False, **facts):
+        monkeypatch.setattr(dispatch, "cpu", lambda fact: vendor)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        registry._choose.cache_clear()
+        with torch.no_grad():
+            facts = {"fits": True, "packed": False, "large": False, "small": False, **facts}
+            return choose("short_attention", torch.device("cpu"), dtype, **facts)
+    intel, amd = ("GenuineIntel", "AVX512"), ("AuthenticAMD", "AVX512")
+    assert chosen(*intel, torch.float32) == "library" and chosen(*intel, torch.float32, packed=True) == "cpp"
+    assert chosen("GenuineIntel", "AVX2", torch.float32) == chosen(*amd, torch.float32) == "cpp"
+    assert chosen(*amd, torch.bfloat16, bf16=True) == "library" and chosen(*amd, torch.bfloat16, bf16=True, small=True) == "cpp"
+    assert chosen(*intel, torch.bfloat16, bf16=True) == chosen(*amd, torch.bfloat16) == "cpp"
+    registry.reload()

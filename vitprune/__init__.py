@@ -11,8 +11,9 @@ from .convert import load_dynamicvit, load_weights
 from .engine import accelerate
 from .layers import PrunedAttention, PrunedBlock, PrunedMlp
 from .learned import Cubic
+from .surgery import compact, prune
 from .tokens import TokenPruning
-from .vit import PrunedDistilledViT, PrunedOutput, PrunedViT, compact, prune
+from .vit import PrunedDistilledViT, PrunedOutput, PrunedViT
 
 __all__ = ["BlockPruning", "Cubic", "PrunedAttention", "PrunedBlock", "PrunedDistilledViT", "PrunedMlp", "PrunedOutput", "PrunedViT",
            "TokenPruning", "accelerate", "compact", "load", "load_dynamicvit", "load_weights", "ops", "prune", "save"]

@@ -17,8 +17,8 @@ from .engine import ENGINES, Engine, Unavailable, build
 from .measure import count, image_size
 from .ops.dispatch import cpu
 from .progress import Progress
+from .surgery import compact, prune
 from .tokens import TokenPruning
-from .vit import compact, prune
 
 ROUNDS = 5
 REPEATS = 10  # calls of each kind timed on the GPU alone

@@ -15,7 +15,8 @@ from .blocks import BlockPruning
 from .convert import load_weights, start_from
 from .evaluate import TAG
 from .measure import image_size
-from .vit import PrunedViT, prune
+from .surgery import prune
+from .vit import PrunedViT
 
 if TYPE_CHECKING:
     from .data import DataConfig

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .checkpoint import check_state
+from .surgery import prune
 from .tokens import TokenPruning
-from .vit import PrunedViT, prune
+from .vit import PrunedViT
 
 State = dict[str, Tensor]
 

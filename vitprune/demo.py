@@ -19,9 +19,9 @@ from .evaluate import evaluate
 from .learned import Cubic
 from .measure import count
 from .progress import Progress
+from .surgery import compact, prune
 from .tokens import TokenPruning
 from .train import TrainConfig, train
-from .vit import compact, prune
 
 DENSE, LEARNED, RANDOM = "dense", "low keep, learned", "low keep, random"
 

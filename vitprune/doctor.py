@@ -147,7 +147,7 @@ def measured(device: torch.device) -> dict:
 
 
 def report(machine: Machine | None = None) -> dict:
-    """Everything `vitprune doctor` prints, as plain data."""
+    """Everything `vitprune doctor` prints, as plain data. Raises ValueError for a VITPRUNE_CUDA_ARCH that is none."""
     machine = machine or this_machine()
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
@@ -166,6 +166,7 @@ def report(machine: Machine | None = None) -> dict:
         },
         "extension": native.reason_cpp(torch.device("cpu")) or "installed",
         "cubins": native.cubins(),
+        "forced": native.forced(),
         "backends": {str(device): backends(device) for device in devices},
         "measured": {str(device): measured(device) for device in devices},
         "problems": problems(machine),
@@ -199,6 +200,7 @@ def text(facts: dict) -> str:
         f"extension  {facts['extension']}",
         "cubins     " + ("; ".join(f"{op}: {' '.join(archs)}" for op, archs in facts["cubins"].items()) or "none"),
     ]
+    lines += [f"forced     CUDA kernels of {facts['forced'] / 10} (VITPRUNE_CUDA_ARCH)"] if facts["forced"] else []
     for device, table in facts["backends"].items():
         found = facts["measured"][device]
         lines += ["", f"backends on {device}, in order of choice " + (f"where {found['file']} says nothing else" if found["file"] else

@@ -110,7 +110,7 @@ def _eager(model: nn.Module, images: Tensor) -> Engine:
 def _own(model: nn.Module) -> nn.Module:
     """A dense model in the modules and operators of this package, nothing pruned: what pruning itself must beat."""
     from .blocks import BlockPruning
-    from .vit import prune
+    from .surgery import prune
 
     if hasattr(model, "learning"):
         return model

@@ -22,7 +22,7 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def forward(model: nn.Module, images: Tensor, sparse_backward: bool = False) -> PrunedOutput:
+def forward(model: nn.Module, images: Tensor, sparse_backward: bool | None = False) -> PrunedOutput:
     """Images [B, C, H, W] -> PrunedOutput of a pruned or a dense model."""
     if isinstance(model, (PrunedViT, PrunedDistilledViT)):
         return model(images, details=True, sparse_backward=sparse_backward)

@@ -24,9 +24,9 @@ from .progress import Progress
 from .resume import Checkpoints, sync, write_metrics
 from .step import NonFiniteLoss
 from .subset import subset_ids, write_subset
+from .surgery import compact
 from .tokens import TokenPruning
 from .train import Stopped, TrainConfig, keep_memory, train
-from .vit import compact
 
 RECIPES = Path(__file__).parent / "recipes"
 _FREE = ("output", "resume", "keep_last", "save_every", "device", "data.workers")  # may differ where a run goes on

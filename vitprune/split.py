@@ -1,9 +1,11 @@
-"""A batch's tokens in two parts under a token policy, kept and dropped, so that a backward pass works on the kept ones alone.
+"""A batch on its way through the blocks; in two parts under a token policy, so that a backward pass works on kept tokens alone.
 
 A loss that reads no dropped token has no gradient there: queries of dropped tokens are not read either, and as keys they count nothing
 but what `eps` lets through (`ops.policy_attention`: eps / N of a weight, in float32 below rounding unless dropped keys alone are near a
 row's maximum). Their forward pass is still needed, since the policy's own gradient asks what they would have done.
 """
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,34 @@ class Split:
         last: raise RuntimeError in the backward pass where dropped ones have a gradient too.
         """
         return _Join.apply(kept, dropped, self, last)
+
+
+class State(NamedTuple):
+    """A batch on its way through the blocks."""
+    x: Tensor                           # [B, P+n, C], or packed rows [R, C] with `mask`
+    policy: Tensor | None = None        # [B, P+N] training: keys to attend
+    kept: Tensor | None = None          # [B, n] ids of the patches that are left; None: all
+    mask: Tensor | None = None          # bool [B, P+N] adaptive counts: tokens that are left
+    cu_seqlens: Tensor | None = None    # int32 [B+1] adaptive counts
+    decisions: tuple[Tensor, ...] = ()
+    stages: tuple[Tensor, ...] = ()     # ids kept after each stage, on the original grid
+    num_patches: int = 0                # of this batch's images
+    split: Split | None = None          # training, sparse_backward: x is the kept rows [L, C]
+    dropped: Tensor | None = None       # the others [M, C]
+
+    def whole(self, last: bool = False) -> "State":
+        """With all tokens in x; last: see Split.join."""
+        if self.split is None:
+            return self
+        return self._replace(x=self.split.join(self.x, self.dropped, last), split=None, dropped=None)
+
+    def parted(self) -> "State":
+        """In two parts by the policy; as it is where there is none."""
+        if self.policy is None:
+            return self
+        split = Split(self.policy)
+        kept, dropped = split.part(self.x)
+        return self._replace(x=kept, split=split, dropped=dropped)
 
 
 class _Take(torch.autograd.Function):

@@ -48,7 +48,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 class Student(nn.Module):
     """A model whose call is `forward`, so that DistributedDataParallel sees it."""
 
-    def __init__(self, model: nn.Module, sparse_backward: bool) -> None:
+    def __init__(self, model: nn.Module, sparse_backward: bool | None) -> None:
         super().__init__()
         self.model, self.sparse_backward = model, sparse_backward
 
@@ -71,8 +71,7 @@ class Run:
         self.ema = None if config.ema is None else ModelEmaV3(model, decay=config.ema)
         self.dtype = _amp(config.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        sparse = self.device.type == "cpu" if config.sparse_backward is None else config.sparse_backward
-        self.student = Student(model, sparse)
+        self.student = Student(model, config.sparse_backward)
         if world()[1] > 1:
             self.student = nn.parallel.DistributedDataParallel(self.student)
         self.mixup = None

@@ -268,7 +268,8 @@ def decide(state: State) -> dict:
     for group, rows in groups.items():
         op, kind, facts = json.loads(group)
         names = [n for n in registry.TABLES[op] if all(n in row["ms"] for row in rows) and (op, kind, n) not in state.disabled]
-        names.sort(key=lambda n, op=op, facts=facts: registry.find(op, n).yields(state.device, **facts))  # as `registry.choose` does
+        late = {n: registry.find(op, n).yields(state.device, getattr(torch, kind), **facts) for n in names}
+        names.sort(key=late.get)  # as `registry.choose` does
         first = names[0]
         share = {n: math.exp(statistics.fmean(math.log(row["ms"][n] / row["ms"][first]) for row in rows)) for n in names}
         best = min(names, key=share.get)

@@ -1,21 +1,22 @@
 """A timm vision transformer whose tokens, heads and hidden units are pruned."""
-import copy
 import warnings
 from typing import NamedTuple
 
 import torch
 from timm.layers import PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, Mlp, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from . import learned, ops
+from . import ops
 from .blocks import BlockPruning
 from .dense import PatchProduct, normalise
-from .layers import PrunedAttention, PrunedBlock, PrunedMlp, adopt, compact_block
-from .split import Split
+from .layers import PrunedBlock, adopt
+from .split import State
 from .tokens import TokenPredictor, TokenPruning, sample_policy
+
+SPARSE_PAYS = 1 << 17  # activations [B, P+N, C] from which on a CPU the backward pass over kept tokens alone is faster
 
 
 class PrunedOutput(NamedTuple):
@@ -25,34 +26,6 @@ class PrunedOutput(NamedTuple):
                                     # [B, K, C] (adaptive counts: [B, N, C] with zeros for the dropped)
     keep: Tensor | None             # [B, N] 1 where a patch is kept after the last stage; None without token pruning
     decisions: tuple[Tensor, ...]   # a stage: [B, N] straight-through keep decisions (training with a predictor)
-
-
-class _Stream(NamedTuple):
-    """A batch on its way through the blocks."""
-    x: Tensor                           # [B, P+n, C], or packed rows [R, C] with `mask`
-    policy: Tensor | None = None        # [B, P+N] training: keys to attend
-    kept: Tensor | None = None          # [B, n] ids of the patches that are left; None: all
-    mask: Tensor | None = None          # bool [B, P+N] adaptive counts: tokens that are left
-    cu_seqlens: Tensor | None = None    # int32 [B+1] adaptive counts
-    decisions: tuple[Tensor, ...] = ()
-    stages: tuple[Tensor, ...] = ()     # ids kept after each stage, on the original grid
-    num_patches: int = 0                # of this batch's images
-    split: Split | None = None          # training, sparse_backward: x is the kept rows [L, C]
-    dropped: Tensor | None = None       # the others [M, C]
-
-    def whole(self, last: bool = False) -> "_Stream":
-        """With all tokens in x; last: see Split.join."""
-        if self.split is None:
-            return self
-        return self._replace(x=self.split.join(self.x, self.dropped, last), split=None, dropped=None)
-
-    def parted(self) -> "_Stream":
-        """In two parts by the policy; as it is where there is none."""
-        if self.policy is None:
-            return self
-        split = Split(self.policy)
-        kept, dropped = split.part(self.x)
-        return self._replace(x=kept, split=split, dropped=dropped)
 
 
 class _Pruned:
@@ -92,7 +65,7 @@ class _Pruned:
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
-    def _stream(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, sparse: bool = False) -> _Stream:
+    def _stream(self, images: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, sparse: bool | None = False) -> State:
         if not isinstance(images, Tensor):
             raise TypeError(f"PrunedViT: images must be a tensor, got {type(images).__name__}")
         H, W = self.patch_embed.img_size if getattr(self.patch_embed, "strict_img_size", False) else ("H", "W")
@@ -105,9 +78,10 @@ class _Pruned:
             raise ValueError("PrunedViT: attn_mask and is_causal must be off where tokens are pruned")
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
         num_patches = x.shape[1] - self.num_prefix_tokens
-        state, scores = _Stream(x, num_patches=num_patches), None
+        state, scores = State(x, num_patches=num_patches), None
         at = () if self.tokens is None else self.tokens.at
         asks = self.tokens is not None and self.tokens.score == "cls_attention"
+        sparse = (x.device.type == "cpu" and x.numel() >= SPARSE_PAYS) if sparse is None else sparse
         sparse = sparse and torch.is_grad_enabled() and not (self.grad_checkpointing or torch.compiler.is_compiling())
         sparse = sparse and all(block.splits() for block in self.blocks)
         for i, block in enumerate(self.blocks):
@@ -134,7 +108,7 @@ class _Pruned:
             x = ops.expand_rows(x, state.cu_seqlens, state.mask)
         return state._replace(x=x)
 
-    def _prune_tokens(self, state: _Stream, stage: int, num_patches: int, scores: Tensor | None) -> _Stream:
+    def _prune_tokens(self, state: State, stage: int, num_patches: int, scores: Tensor | None) -> State:
         P, x = self.num_prefix_tokens, state.x
         if self.tokens.score == "predictor" and self.training:
             previous = None if state.policy is None else state.policy[:, P:]
@@ -158,7 +132,7 @@ class _Pruned:
         kept = ids if state.kept is None else state.kept.gather(1, ids)
         return state._replace(x=x, kept=kept, stages=(*state.stages, kept))
 
-    def _prune_adaptively(self, state: _Stream, stage: int) -> _Stream:
+    def _prune_adaptively(self, state: State, stage: int) -> State:
         """Keep what exceeds the threshold, image by image, as packed rows (the count differs between images)."""
         self._warn_untrained()
         P, x, before = self.num_prefix_tokens, state.x, None
@@ -200,12 +174,13 @@ class _Pruned:
         return self._stream(x, attn_mask, is_causal).x
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
-                details: bool = False, sparse_backward: bool = False) -> Tensor | PrunedOutput:
+                details: bool = False, sparse_backward: bool | None = False) -> Tensor | PrunedOutput:
         """Images [B, 3, H, W] -> logits; with details, a PrunedOutput.
 
         sparse_backward: in training under a policy compute gradients for kept tokens alone. For a loss that reads no dropped token they
-        are all there is, but for the share `eps` of a dropped key; for another the backward pass raises RuntimeError. It has no effect
-        with checkpointed or compiled blocks, nor where one of them has dropout, stochastic depth or hooks.
+        are all there is but for the share `eps` of dropped keys (in a small trained model 1e-6 of a parameter's gradient, in the worst
+        one 7e-4); for another loss the backward pass raises RuntimeError. It has no effect with checkpointed or compiled blocks, nor where
+        a block has dropout, stochastic depth or hooks. None: where that was measured to be faster, on a CPU with a large enough batch.
         """
         state, P = self._stream(x, attn_mask, is_causal, sparse_backward), self.num_prefix_tokens
         policy = state.mask if state.policy is None else state.policy
@@ -251,7 +226,7 @@ class _Pruned:
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """timm's; raises ValueError for a pooling that has no meaning where tokens are gone."""
         if self.tokens is not None and global_pool is not None:
-            _check_pool("reset_classifier", global_pool)
+            check_pool("reset_classifier", global_pool)
         super().reset_classifier(num_classes, global_pool)
 
     def prune_intermediate_layers(self, *args, **kwargs):
@@ -276,87 +251,6 @@ class PrunedDistilledViT(_Pruned, VisionTransformerDistilled):
     """A pruned timm `VisionTransformerDistilled`; made by `vitprune.prune`, never by its constructor."""
 
 
-_PRUNED = {VisionTransformer: PrunedViT, VisionTransformerDistilled: PrunedDistilledViT}
-
-
-def prune(model: nn.Module, tokens: TokenPruning | None = None, blocks: BlockPruning | None = None) -> PrunedViT:
-    """A new, pruned model from a timm vision transformer or from an already pruned one; the argument is untouched.
-
-    Parameter names stay timm's, so that checkpoints load; token predictors are `score_predictor.{stage}` in DynamicViT's
-    layout. In evaluation tokens really leave; in training a straight-through policy masks them. Blocks are chosen at once.
-    A model whose blocks are masked is compacted before its blocks are pruned again. Raises TypeError for a model of another
-    kind, ValueError for a part or a combination that is not supported.
-    """
-    if tokens is None and blocks is None:
-        raise ValueError("prune: tokens or blocks must be given, got neither")
-    for name, value, cls in (("tokens", tokens, TokenPruning), ("blocks", blocks, BlockPruning)):
-        if value is not None and not isinstance(value, cls):
-            raise TypeError(f"prune: {name} must be a {cls.__name__}, got {type(value).__name__}")
-    _check(model, tokens)
-    if blocks is not None and isinstance(model, _Pruned) and (model.learning is not None or any(
-            b.attn.live is not None or b.attn.dims is not None or b.mlp.live is not None for b in model.blocks)):
-        raise ValueError("prune: blocks must be None for a model whose blocks are masked or being learned, which would all come back: "
-                         "compact it first (vitprune.compact), or prune the dense model")
-    new = copy.deepcopy(model)
-    if type(new) in _PRUNED:
-        try:
-            new = adopt(_PRUNED[type(new)], new)
-        except ValueError as error:
-            raise ValueError(f"prune: the blocks of {type(model).__name__} cannot be pruned: {error}") from error
-    if tokens is not None:
-        new._set_tokens(tokens)
-    if blocks is not None:
-        blocks.apply(new)
-    if new.tokens is not None and new.tokens.score == "cls_attention":
-        for i in new.tokens.at:
-            if new.blocks[i - 1].attn.live_heads == 0:
-                raise ValueError(f"prune: blocks must keep a head in block {i - 1}, whose class attention scores the tokens")
-    return new
-
-
-def _check_pool(function: str, pool: str) -> None:
+def check_pool(function: str, pool: str) -> None:
     if pool not in ("token", "avg"):
         raise ValueError(f"{function}: global_pool must be 'token' or 'avg' where tokens are pruned, got {pool!r}")
-
-
-def _check(model: nn.Module, tokens: TokenPruning | None) -> None:
-    supported = (*_PRUNED, *_PRUNED.values())
-    if type(model) not in supported:
-        raise TypeError("prune: model must be a timm VisionTransformer or VisionTransformerDistilled, "
-                        f"got {type(model).__module__}.{type(model).__qualname__}")
-    for i, block in enumerate(model.blocks):
-        for name, part, known in (("", block, (Block, PrunedBlock)), (".attn", getattr(block, "attn", None), (Attention, PrunedAttention)),
-                                  (".mlp", getattr(block, "mlp", None), (Mlp, PrunedMlp))):
-            if type(part) not in known:
-                raise ValueError(f"prune: blocks.{i}{name} must be timm's {known[0].__name__}, got {type(part).__name__}")
-    if tokens is None:
-        return
-    if tokens.at[-1] >= len(model.blocks):
-        stage = next(s for s, i in enumerate(tokens.at) if i >= len(model.blocks))
-        raise ValueError(f"prune: at of stage {stage} must be a block in 0..{len(model.blocks) - 1}, got {tokens.at[stage]}")
-    _check_pool("prune", "map" if model.attn_pool is not None else model.global_pool)
-    if tokens.score == "predictor" and model.embed_dim % 4:
-        raise ValueError("prune: score must be 'cls_attention' or 'random': predictors need a width that is a multiple of 4, "
-                         f"got {model.embed_dim}")
-    if not isinstance(model.patch_drop, nn.Identity):
-        raise ValueError("prune: patch_drop_rate must be 0 where tokens are pruned")
-    if not model.has_class_token:
-        if tokens.score == "cls_attention":
-            raise ValueError("prune: score must not be 'cls_attention': the model has no class token")
-        if tokens.min_keep == 0:
-            raise ValueError("prune: min_keep must be > 0: the model has no class token to be left with")
-
-
-@torch.no_grad()
-def compact(model: PrunedViT) -> PrunedViT:
-    """A new model with the dead heads and hidden units physically gone; its outputs equal the masked model's.
-
-    It trains, saves and can be pruned again. Raises TypeError for a model that `prune` did not make.
-    """
-    if not isinstance(model, _Pruned):
-        raise TypeError(f"compact: model must come from vitprune.prune, got {type(model).__name__}")
-    new = copy.deepcopy(model)
-    learned.settle(new)
-    for block in new.blocks:
-        compact_block(block)
-    return new

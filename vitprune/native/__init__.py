@@ -60,8 +60,11 @@ def forced() -> int | None:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability whose code runs there: the card's, or the one that is forced."""
-    return divmod(arch, 10) if (arch := forced()) else torch.cuda.get_device_capability(device)
+    """The compute capability whose code runs there: the card's, or the one that is forced; ValueError where that is a newer card's."""
+    own, arch = torch.cuda.get_device_capability(device), forced()
+    if arch and divmod(arch, 10) > own:
+        raise ValueError(f"VITPRUNE_CUDA_ARCH must be at most {own[0]}{own[1]} on this card, got '{arch}'")
+    return divmod(arch, 10) if arch else own
 
 
 def driver_version() -> int:

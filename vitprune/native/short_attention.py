@@ -1,6 +1,4 @@
 """`vitprune.ops.short_attention` in C++ and CUDA C++."""
-import functools
-
 import torch
 from torch import Tensor
 
@@ -8,25 +6,25 @@ from .. import native
 from . import KINDS, _native
 
 
-def refuses_cpp(device: torch.device, dtype: torch.dtype, *, grad: bool = False, packed: bool = False, small: bool = False,
-                            **_) -> str | None:
+def refuses_cpp(device: torch.device, dtype: torch.dtype, *, grad: bool = False, **_) -> str | None:
     """Why `cpp` cannot serve, or None. dtype: of qkv."""
     if reason := native.reason_cpp(device):
         return reason
     if dtype not in (torch.float32, torch.bfloat16):
         return f"no kernel for {dtype}"
-    if grad:
-        return "forward only"
-    if dtype == torch.bfloat16 and not (packed or small) and _bfloat16_products_win():
-        return "PyTorch's products in bfloat16 instructions are faster at this size"
-    return None
+    return "forward only" if grad else None
 
 
-@functools.cache
-def _bfloat16_products_win() -> bool:
-    """As measured: on AMD's processors with AVX-512 BF16, not on Intel's (0.6 of this kernel's speed); with AMX nobody has."""
+def yields_cpp(device: torch.device, dtype: torch.dtype, *, packed: bool = False, small: bool = False, **_) -> bool:
+    """Whether PyTorch's own products were measured to be faster, over a dense batch: in float32 on Intel's processors with AVX-512 (up to
+    1.3 times), at larger sizes in bfloat16 instructions on AMD's, not on Intel's (0.6 times); with AMX nobody has measured."""
+    if packed or device.type != "cpu":
+        return False
     from ..ops.dispatch import cpu
-    return torch.cpu._is_avx512_bf16_supported() and (cpu("vendor_id") != "GenuineIntel" or torch.cpu._is_amx_tile_supported())
+    intel = cpu("vendor_id") == "GenuineIntel"
+    if dtype == torch.float32:
+        return intel and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return not small and torch.cpu._is_avx512_bf16_supported() and (not intel or torch.cpu._is_amx_tile_supported())
 
 
 def lengths(ends: list[int], rows: int, max_seqlen: int) -> list[int]:

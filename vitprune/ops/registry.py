@@ -31,14 +31,14 @@ class Backend:
 
     `run` takes the operator's arguments. A `composite` backend is plain PyTorch: it is called as it stands, so that
     autograd, autocast, `torch.compile` and `torch.export` see through it. A kernel goes through the dispatcher.
-    `refuses(device, dtype, **facts)` says why it cannot serve, or returns None; `yields(device, **facts)` whether it lets those
+    `refuses(device, dtype, **facts)` says why it cannot serve, or returns None; `yields(device, dtype, **facts)` whether it lets those
     that follow it in the table go first.
     """
     name: str
     run: Callable
     composite: bool = False
     refuses: Callable[..., str | None] = lambda device, dtype, **facts: None
-    yields: Callable[..., bool] = lambda device, **facts: False
+    yields: Callable[..., bool] = lambda device, dtype, **facts: False
 
 
 @contextlib.contextmanager
@@ -109,7 +109,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, facts: tuple, for
             warnings.warn(f"{op}: backend {forced!r} {disabled[forced]}", stacklevel=2)
         return forced
     winner = measured.winner(op, dtype, facts)
-    for name in sorted(entries, key=lambda name: (name != winner, entries[name].yields(device, **facts))):  # stable: the rest in order
+    for name in sorted(entries, key=lambda n: (n != winner, entries[n].yields(device, dtype, **facts))):  # stable: the rest in order
         if name not in disabled and entries[name].refuses(device, dtype, **facts) is None:
             return name
     raise RuntimeError(f"{op}: no backend can run on {device} with {dtype}")
@@ -145,7 +145,7 @@ def watch() -> Iterator[list[tuple[str, torch.dtype, dict]]]:
         _local.asked = None
 
 
-def interpreted(device: torch.device, **_) -> bool:
+def interpreted(device: torch.device, *_, **__) -> bool:
     """Whether Triton's kernels are interpreted there, slowly."""
     return device.type == "cpu"
 

@@ -208,8 +208,9 @@ def _triton_refuses(device, dtype, **facts) -> str | None:
 
 
 # On an H200 the library is nearly the fastest for a dense batch in eager mode, and for packed rows, which it must pad, the slowest.
-serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
-      Backend("library", library, composite=True, yields=lambda device, packed=False, **_: packed and device.type == "cuda"),
-      Backend("cuda", native.cuda, refuses=native.refuses_cuda, yields=lambda device, packed=False, **_: not packed),
-      Backend("triton", _triton, refuses=_triton_refuses, yields=lambda device, packed=False, **_: interpreted(device) or not packed),
+serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp, yields=native.yields_cpp),
+      Backend("library", library, composite=True, yields=lambda device, dtype, packed=False, **_: packed and device.type == "cuda"),
+      Backend("cuda", native.cuda, refuses=native.refuses_cuda, yields=lambda device, dtype, packed=False, **_: not packed),
+      Backend("triton", _triton, refuses=_triton_refuses,
+              yields=lambda device, dtype, packed=False, **_: interpreted(device, dtype) or not packed),
       Backend("reference", reference, composite=True))
