@@ -6,7 +6,7 @@ NATIVE := pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 # The operators that have a bench.
 OPERATORS := $(filter $(basename $(notdir $(wildcard vitprune/ops/*.py))),$(basename $(notdir $(wildcard bench/*.py))))
 
-.PHONY: demo test test-long bench bench-card lint
+.PHONY: demo test test-long bench bench-card sanitize lint
 
 demo: .venv/demo.stamp
 	$(BIN)/vitprune demo
@@ -30,6 +30,11 @@ bench: .venv/test.stamp
 # At most ten minutes; writes bench/results/card-NAME.json.
 bench-card: .venv/test.stamp
 	$(BIN)/python -m bench.card
+
+# On a GPU, with NVIDIA's compute-sanitizer: what reads or writes out of bounds, and what races.
+sanitize: .venv/test.stamp
+	set -e; for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize.py; done
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .

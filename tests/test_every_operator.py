@@ -3,6 +3,7 @@ import contextlib
 import functools
 
 import pytest
+import sanitize
 import torch
 from kernel_checks import CPP, DEVICES, INTERPRETED
 from oracles import within_twice_unless_lucky
@@ -306,3 +307,13 @@ def tail_of(case, args, rows):
     if case == "expand_rows":
         return function, [args[0][-2 * 197:], args[1][:3], args[2][-2:]]
     return function, [a[-2:] if a.shape[:1] == (rows,) else a for a in args]
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=CPP), DEVICES[1]])
+def test_what_the_sanitizer_watches(device, capsys):
+    """Every kernel that can run there, beside float64."""
+    assert not sanitize.failures(torch.device(device))
+    able = {(op, name) for op, table in registry.TABLES.items() for name, reason in registry.table(op, torch.device(device)).items()
+            if reason is None and not table[name].composite}
+    called = {(line.split()[0], line.split()[-1]) for line in capsys.readouterr().err.splitlines() if "Size(" in line}
+    assert called == able
