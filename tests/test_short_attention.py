@@ -163,20 +163,24 @@ def test_cpp_serves_without_gradient_only():
 
 
 @CPP
-def test_the_processor_decides_between_cpp_and_the_library(monkeypatch):
+def test_the_processor_decides_between_cpp_and_the_library(monkeypatch, request):
     """As measured: PyTorch's products win in float32 on Intel's AVX-512 and in bfloat16 instructions on AMD's, over a dense batch."""
+    real = dispatch.cpu
+    request.addfinalizer(registry.reload)
+
     def chosen(vendor, width, dtype, bf16=False, **facts):
-        monkeypatch.setattr(dispatch, "cpu", lambda fact: vendor)
+        monkeypatch.setattr(dispatch, "cpu", lambda fact: vendor if fact == "vendor_id" else real(fact))
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: width)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         registry._choose.cache_clear()
+        facts = {"fits": True, "packed": False, "large": False, "small": False, **facts}
         with torch.no_grad():
-            facts = {"fits": True, "packed": False, "large": False, "small": False, **facts}
-            return choose("short_attention", torch.device("cpu"), dtype, **facts)
+            name = choose("short_attention", torch.device("cpu"), dtype, **facts)
+        assert next(iter(registry.table("short_attention", torch.device("cpu"), dtype, **facts))) == name
+        return name
     intel, amd = ("GenuineIntel", "AVX512"), ("AuthenticAMD", "AVX512")
     assert chosen(*intel, torch.float32) == "library" and chosen(*intel, torch.float32, packed=True) == "cpp"
     assert chosen("GenuineIntel", "AVX2", torch.float32) == chosen(*amd, torch.float32) == "cpp"
     assert chosen(*amd, torch.bfloat16, bf16=True) == "library" and chosen(*amd, torch.bfloat16, bf16=True, small=True) == "cpp"
     assert chosen(*intel, torch.bfloat16, bf16=True) == chosen(*amd, torch.bfloat16) == "cpp"
-    registry.reload()

@@ -6,11 +6,14 @@ import torch
 from test_train import CONFIG, loaders
 from test_train import vit as small
 from test_vit import VARIANTS, vit
+from timm.layers import DropPath
 from timm.models.deit import VisionTransformerDistilled
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from vitprune import BlockPruning, TokenPruning, prune
+from vitprune import BlockPruning, PrunedBlock, TokenPruning, prune
 from vitprune import vit as vit_module
-from vitprune.split import Split
+from vitprune.split import DroppedGradient, Split
 from vitprune.train import train
 
 
@@ -70,8 +73,30 @@ def test_autocast_gives_every_weight_its_gradient():
     assert all(grad.norm() > 0 for name, grad in got.items() if "qkv.bias" not in name)
 
 
-@pytest.mark.parametrize("change", [lambda m: m.set_grad_checkpointing(), lambda m: setattr(m.blocks[2].mlp.drop1, "p", 0.5),
-                                    lambda m: m.blocks[2].register_forward_hook(lambda *_: None)])
+class Twice(PrunedBlock):
+    def forward(self, x, *args, **options):
+        return 2 * super().forward(x, *args, **options)
+
+
+class Mixing(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) + x.mean(1, keepdim=True)
+
+
+def other(name, change):
+    """Changes that part of the third block."""
+    return lambda m: change(m.blocks[2].get_submodule(name))
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.set_grad_checkpointing(), lambda m: m.blocks[2].attn.set_live([]), other("mlp.drop1", lambda d: setattr(d, "p", 0.5)),
+    lambda m: setattr(m.blocks[2], "drop_path1", DropPath(0.5)), lambda m: setattr(m.blocks[2].mlp, "drop1", nn.AlphaDropout(0.2)),
+    other("", lambda b: b.register_forward_hook(lambda *_: None)),
+    other("mlp.fc1", lambda f: f.register_full_backward_hook(lambda *_: None)),
+    other("", lambda b: setattr(b, "__class__", Twice)), other("norm1", lambda n: setattr(n, "__class__", Mixing)),
+    other("attn", lambda a: setattr(a, "forward", lambda x, *_, **__: x)),
+    lambda m: m.blocks[2].compile(backend="eager"), lambda m: m.blocks.__setitem__(2, torch.compile(m.blocks[2], backend="eager")),
+    lambda m: m.blocks.__setitem__(2, checkpoint_wrapper(m.blocks[2]))])
 def test_what_it_does_not_serve_runs_as_ever(change):
     model = pruned()
     change(model)
@@ -79,14 +104,82 @@ def test_what_it_does_not_serve_runs_as_ever(change):
     assert all(torch.equal(sparse[name], full[name]) for name in full)
 
 
+def test_global_hooks_see_every_block():
+    seen = []
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module))):
+        step(pruned(), True)
+    assert seen.count(PrunedBlock) == 4
+
+
+def test_transforms_and_second_derivatives():
+    model = pruned().double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = dict(model.named_parameters())
+
+    def loss(weights):
+        return torch.func.functional_call(model, weights, (images,), {"sparse_backward": True}).square().sum()
+    torch.manual_seed(2)
+    got = torch.func.grad(loss)(weights)
+    torch.manual_seed(2)
+    expected = torch.autograd.grad(loss(weights), list(weights.values()), allow_unused=True)
+    expected = {name: grad for name, grad in zip(weights, expected) if grad is not None}
+    assert_same({name: got[name] for name in expected}, expected, 1e-6)
+    grads = torch.autograd.grad(loss(weights), weights["blocks.0.mlp.fc1.weight"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grads[0].sum().backward()
+
+
 def test_evaluation_is_as_ever():
     model, images = pruned().eval(), torch.randn(2, 3, 32, 32)
     assert torch.equal(model(images, sparse_backward=True), model(images))
 
 
-def test_a_loss_on_dropped_tokens_is_refused():
-    with pytest.raises(RuntimeError, match="sparse_backward the loss must not depend on the features of dropped tokens"):
-        step(pruned(), True, loss=lambda out: out.features.sum())
+@pytest.mark.parametrize("stage", [None, 1, 2])
+def test_a_loss_on_dropped_tokens_is_refused(stage):
+    """Of their features in the end, or of what a predictor makes of them."""
+    model, seen = pruned(), []
+    if stage is not None:
+        model.score_predictor[stage].register_forward_hook(lambda module, args, out: seen.append(out))
+    with pytest.raises(DroppedGradient, match="with sparse_backward dropped tokens must have no gradient, but theirs is"):
+        step(model, True, loss=lambda out: out.features.sum() if stage is None else seen[0].exp().square().sum())
+
+
+def sharp(model):
+    """Attention so sharp that dropped keys are far above kept ones, and eps counts."""
+    for block in model.blocks:
+        block.attn.qkv.weight.data[:2 * block.attn.attn_dim] *= 6
+    return model
+
+
+def test_attention_that_lets_dropped_tokens_through_is_refused():
+    assert_same(step(pruned(), True)[1], step(pruned(), False)[1], 1e-6)
+    with pytest.raises(DroppedGradient, match="or attention is so sharp that its eps counts"):
+        step(sharp(pruned()), True)
+
+
+def test_what_is_not_finite_spreads_as_ever():
+    """An overflow of dropped tokens alone must reach the weights, where a scaler looks for it, and is no loss that reads them."""
+    model = pruned(global_pool="avg")
+    for sparse in (True, False):
+        _, grads = step(model, sparse, loss=lambda out: (out.features * out.keep[..., None] * torch.inf).sum())
+        assert not grads["blocks.0.mlp.fc1.weight"].isfinite().all()
+
+
+def test_only_where_enough_is_dropped(monkeypatch):
+    model, images = pruned().float(), torch.randn(2, 3, 32, 32)
+    parts = []
+    monkeypatch.setattr(PrunedBlock, "forward_split", lambda self, kept, dropped, *_: parts.append(len(kept)) or (kept, dropped))
+
+    def calls(least, sparse=None):
+        parts.clear()
+        monkeypatch.setattr(vit_module, "SPARSE_PAYS", least)
+        torch.manual_seed(2)
+        model(images, sparse_backward=sparse)
+        return len(parts)
+    assert calls((0, 0.0)) == calls((10 ** 9, 1.0), True) == 3 and calls((10 ** 9, 0.0)) == calls((0, 1.0)) == calls((0, 0.0), False) == 0
+    assert calls((0, 0.4)) == 2  # the first stage drops 0.3
+    with pytest.raises(ValueError, match="PrunedViT: sparse_backward must be a bool or None, got 'auto'"):
+        model(images, sparse_backward="auto")
 
 
 def test_saves_less_for_the_backward_pass():
@@ -110,17 +203,29 @@ def test_rows_go_where_they_came_from():
         split = Split(policy)
         kept, dropped = split.part(x)
         assert torch.equal(split.join(kept, dropped), x) and not dropped.requires_grad
-        grad, = torch.autograd.grad(split.join(kept, dropped).sum(), x)
+        grad, = torch.autograd.grad(split.join(kept, dropped, leak=torch.inf).sum(), x)
         assert torch.equal(grad, (policy[..., None] > 0).expand(2, 5, 3).double())
 
 
+def trained(sparse, change=lambda model: model):
+    model = change(prune(small(), TokenPruning(0.7, at=(1, 2, 3)), BlockPruning(heads=0.5)))
+    train(model, loaders(), replace(CONFIG, sparse_backward=sparse), small())
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 def test_the_trainer_takes_the_same_steps(monkeypatch):
-    def trained(sparse):
-        model = prune(small(), TokenPruning(0.7, at=(1, 2, 3)), BlockPruning(heads=0.5))
-        train(model, loaders(), replace(CONFIG, sparse_backward=sparse), small())
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
     full, sparse = trained(False), trained(True)
     assert torch.equal(trained(None), full) and not torch.equal(full, sparse)  # too small a model to gain
-    monkeypatch.setattr(vit_module, "SPARSE_PAYS", 16 * 17 * 16)
+    monkeypatch.setattr(vit_module, "SPARSE_PAYS", (1, 0.0))
     assert torch.equal(trained(None), sparse)
     torch.testing.assert_close(sparse, full, rtol=1e-3, atol=1e-4)
+
+
+def test_the_trainer_repeats_a_step_with_all_gradients():
+    def sharper(model):
+        for block in model.blocks:
+            block.attn.qkv.weight.data[:2 * block.attn.attn_dim] *= 300
+        return model
+    with pytest.warns(UserWarning, match="all gradients are computed from step 0 to the next multiple of 32: .* its eps counts"):
+        sparse = trained(True, sharper)
+    assert torch.equal(sparse, trained(False, sharper))

@@ -3,15 +3,17 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from timm.layers import Attention, DropPath, LayerScale, Mlp
+from timm.layers import GELU, Attention, DropPath, LayerNorm, LayerScale, Mlp
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
 from .dense import dense, drop, normalise, watched
+from .learned import Gate
 from .ops.sliced_linear import block_index
-from .split import Split
+from .split import LEAK, Split
 
 
 def adopt(cls: type[nn.Module], module: nn.Module) -> nn.Module:
@@ -228,19 +230,20 @@ class PrunedBlock(Block):
         return (x, scores) if class_attention else x
 
     def splits(self) -> bool:
-        """Whether `forward_split` equals `forward`: all but attention works token by token, draws nothing, and nobody watches it."""
-        def draws(m: nn.Module) -> bool:
-            return m.training and (isinstance(m, nn.Dropout) and m.p > 0 or isinstance(m, DropPath) and m.drop_prob > 0)
-        parts = [m for m in self.modules() if m is not self.attn.attn_drop]
-        return self.attn.live_heads > 0 and not any(watched(m) or draws(m) for m in parts)
+        """Whether `forward_split` equals `forward`: every part is as made here or by timm, all but attention works token by token and
+        draws nothing, and nobody watches or has compiled it."""
+        def plain(m: nn.Module) -> bool:
+            return type(m) in _PLAIN and "forward" not in m.__dict__ and m._compiled_call_impl is None and not watched(m) and not (
+                m.training and m is not self.attn.attn_drop and (getattr(m, "p", 0) > 0 or (getattr(m, "drop_prob", 0) or 0) > 0))
+        return self.attn.live_heads > 0 and not _has_any_global_hook() and all(map(plain, self.modules()))
 
     def forward_split(self, kept: Tensor, dropped: Tensor, split: Split, policy: Tensor) -> tuple[Tensor, Tensor]:
         """`forward` for tokens in two parts, kept [L, C] and dropped [M, C] by policy [B, N]; only the kept ones' gradient is computed."""
-        attn = self.attn  # kept ones first: autocast remembers a weight that it has cast as it was cast first, with a gradient
+        attn = self.attn  # kept ones first, with a gradient: autocast may remember a weight as it was cast first
         qkv = attn.qkv_of(normalise(self.norm1, kept))
         with torch.no_grad():
             unseen = attn.qkv_of(normalise(self.norm1, dropped))
-        y, unread = split.part(attn.attend(split.join(qkv, unseen), policy=policy)[0])
+        y, unread = split.part(attn.attend(split.join(qkv, unseen, LEAK), policy=policy)[0])
         kept = self._finish(kept, attn.project(y))
         with torch.no_grad():
             return kept, self._finish(dropped, attn.project(unread))
@@ -258,6 +261,10 @@ class PrunedBlock(Block):
         if all(isinstance(m, nn.Identity) for m in after) and not any(map(watched, (self.mlp, *after))):
             return self.mlp(y, x)
         return x + self.drop_path2(self.ls2(self.mlp(y)))
+
+
+_PLAIN = {PrunedBlock, PrunedAttention, PrunedMlp, Gate, LayerScale, DropPath, LayerNorm, nn.LayerNorm, nn.Linear, nn.GELU, GELU,
+          nn.Dropout, nn.Identity}
 
 
 @torch.no_grad()

@@ -1,13 +1,21 @@
 """A batch on its way through the blocks; in two parts under a token policy, so that a backward pass works on kept tokens alone.
 
 A loss that reads no dropped token has no gradient there: queries of dropped tokens are not read either, and as keys they count nothing
-but what `eps` lets through (`ops.policy_attention`: eps / N of a weight, in float32 below rounding unless dropped keys alone are near a
-row's maximum). Their forward pass is still needed, since the policy's own gradient asks what they would have done.
+but what `eps` lets through (`ops.policy_attention`), which is little unless dropped keys alone are near a row's maximum. What is left out
+is measured in the backward pass. The forward pass of dropped tokens is needed: the policy's own gradient asks what they would have done.
 """
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LEAK = 1e-3  # of the norm of a gradient of queries, keys and values: what `eps` may give to dropped tokens and is left out
+
+
+class DroppedGradient(RuntimeError):
+    """Dropped tokens have a gradient that a backward pass over kept ones would leave out."""
 
 
 class Split:
@@ -21,12 +29,12 @@ class Split:
         """x [B, N, C] -> its kept rows [L, C] and, as constants, its dropped ones [M, C]."""
         return _Take.apply(x, self.kept), x.detach().flatten(0, 1)[self.dropped]
 
-    def join(self, kept: Tensor, dropped: Tensor, last: bool = False) -> Tensor:
+    def join(self, kept: Tensor, dropped: Tensor, leak: float = 0.0) -> Tensor:
         """Rows [L, C] and [M, C] -> [B, N, C]; the gradient is that of the kept ones.
 
-        last: raise RuntimeError in the backward pass where dropped ones have a gradient too.
+        In the backward pass raises DroppedGradient where the norm of the others' is more than `leak` of it.
         """
-        return _Join.apply(kept, dropped, self, last)
+        return _Join.apply(kept, dropped, self, leak)
 
 
 class State(NamedTuple):
@@ -42,17 +50,18 @@ class State(NamedTuple):
     split: Split | None = None          # training, sparse_backward: x is the kept rows [L, C]
     dropped: Tensor | None = None       # the others [M, C]
 
-    def whole(self, last: bool = False) -> "State":
-        """With all tokens in x; last: see Split.join."""
-        if self.split is None:
-            return self
-        return self._replace(x=self.split.join(self.x, self.dropped, last), split=None, dropped=None)
+    def whole(self) -> "State":
+        """With all tokens in x."""
+        return self if self.split is None else self._replace(x=self.split.join(self.x, self.dropped), split=None, dropped=None)
 
-    def parted(self) -> "State":
-        """In two parts by the policy; as it is where there is none."""
+    def parted(self, at_least: tuple[int, float]) -> "State":
+        """In two parts by the policy, where so many activations are dropped and such a share of all; else as it is."""
         if self.policy is None:
             return self
         split = Split(self.policy)
+        count, share = split.dropped.numel() * self.x.shape[-1], split.dropped.numel() / max(self.policy.numel(), 1)
+        if count < at_least[0] or share < at_least[1]:
+            return self
         kept, dropped = split.part(self.x)
         return self._replace(x=kept, split=split, dropped=dropped)
 
@@ -65,6 +74,7 @@ class _Take(torch.autograd.Function):
         return x.flatten(0, 1)[rows]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         rows, = ctx.saved_tensors
         dx = grad.new_zeros(ctx.shape)
@@ -74,17 +84,23 @@ class _Take(torch.autograd.Function):
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kept: Tensor, dropped: Tensor, split: Split, last: bool) -> Tensor:
-        ctx.split, ctx.last = split, last
+    def forward(ctx, kept: Tensor, dropped: Tensor, split: Split, leak: float) -> Tensor:
+        ctx.split, ctx.leak = split, leak
         x = kept.new_empty(*split.shape, kept.shape[-1])
         x.flatten(0, 1)[split.kept] = kept
         x.flatten(0, 1)[split.dropped] = dropped
         return x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
         rows = grad.flatten(0, 1)
-        if ctx.last and rows[ctx.split.dropped].any():
-            raise RuntimeError("PrunedViT: with sparse_backward the loss must not depend on the features of dropped tokens, "
-                               "but it has a gradient there (weigh features by `keep`, or leave sparse_backward off)")
-        return rows[ctx.split.kept], None, None, None
+        kept, dropped = rows[ctx.split.kept], rows[ctx.split.dropped]
+        size, lost = (torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).item() for t in (kept, dropped))
+        if not math.isfinite(lost):
+            kept = kept + math.nan  # as it would have spread, for a scaler or a check to see
+        elif lost > ctx.leak * size:
+            raise DroppedGradient("PrunedViT: with sparse_backward dropped tokens must have no gradient, but theirs is "
+                                  f"{lost / size if size else math.inf:.1e} of the kept ones': either the loss reads them (weigh features "
+                                  "by `keep`) or attention is so sharp that its eps counts; leave sparse_backward off")
+        return kept, None, None, None

@@ -1,6 +1,7 @@
 """One update of a model in training: objective, learned blocks, mixed precision, gradients, and what an epoch records."""
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from . import learned
 from .evaluate import evaluate, first_non_finite, forward, teach, world
 from .losses import DynamicViTLoss
+from .split import DroppedGradient
 
 if TYPE_CHECKING:
     from .train import TrainConfig
 
+RETRY = 32  # steps after which a backward pass over kept tokens alone is tried again
 EMBEDDINGS = ("cls_token", "dist_token", "reg_token", "pos_embed")  # what the official recipe never trains
 
 
@@ -48,12 +51,12 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 class Student(nn.Module):
     """A model whose call is `forward`, so that DistributedDataParallel sees it."""
 
-    def __init__(self, model: nn.Module, sparse_backward: bool | None) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self.sparse_backward = model, sparse_backward
+        self.model = model
 
-    def forward(self, images: Tensor):
-        return forward(self.model, images, self.sparse_backward)
+    def forward(self, images: Tensor, sparse_backward: bool | None):
+        return forward(self.model, images, sparse_backward)
 
 
 class Run:
@@ -71,7 +74,8 @@ class Run:
         self.ema = None if config.ema is None else ModelEmaV3(model, decay=config.ema)
         self.dtype = _amp(config.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.student = Student(model, config.sparse_backward)
+        self.student = Student(model)
+        self.sparse = config.sparse_backward
         if world()[1] > 1:
             self.student = nn.parallel.DistributedDataParallel(self.student)
         self.mixup = None
@@ -87,7 +91,7 @@ class Run:
     def state_dict(self) -> dict:
         """What a resumed run needs beside the weights."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "totals": self.totals,
-                "history": self.history, "corrupt": sorted(self.corrupt), "steps": self.steps}
+                "sparse": self.sparse, "history": self.history, "corrupt": sorted(self.corrupt), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken. Raises ValueError where an epoch has other steps now: the data have changed."""
@@ -95,12 +99,27 @@ class Run:
             raise ValueError(f"train: the pictures must give {state['steps']} batches an epoch, as when the run began, got {self.steps}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self.sparse = state["sparse"]
         self.totals = {name: total.to(self.device) for name, total in state["totals"].items()}
         self.history = list(state["history"])
         self.corrupt.update(state["corrupt"])
 
     def step(self, step: int, images: Tensor, labels: Tensor) -> Tensor:
         """One update, the `step`th of the run, and its loss; its randomness is a function of the seed and of `step`."""
+        alone = world()[1] == 1  # other processes would wait for this one's gradients
+        if step % RETRY == 0:
+            self.sparse = self.config.sparse_backward if alone or self.config.sparse_backward else False
+        try:
+            return self._step(step, images, labels)
+        except DroppedGradient as error:
+            if not alone:
+                raise
+            if self.config.sparse_backward:
+                warnings.warn(f"all gradients are computed from step {step} to the next multiple of {RETRY}: {error}", stacklevel=2)
+        self.sparse = False
+        return self._step(step, images, labels)
+
+    def _step(self, step: int, images: Tensor, labels: Tensor) -> Tensor:
         config, seed = self.config, self.config.seed * 1_000_003 + step
         progress = step / (config.epochs * self.steps)
         images, labels = images.to(self.device), labels.to(self.device)
@@ -120,7 +139,7 @@ class Run:
             np.random.seed(seed % 2 ** 32)  # noqa: NPY002 (timm's Mixup draws from it)
             images, target = self.mixup(images, labels)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            output = self.student(images)
+            output = self.student(images, self.sparse)
             taught = None if self.teacher is None else teach(self.teacher, images)
         if self.mixup is None:
             target = soft_target(labels, output.logits.shape[-1], config.smoothing)

@@ -13,10 +13,11 @@ from . import ops
 from .blocks import BlockPruning
 from .dense import PatchProduct, normalise
 from .layers import PrunedBlock, adopt
+from .ops.registry import fail, transformed
 from .split import State
 from .tokens import TokenPredictor, TokenPruning, sample_policy
 
-SPARSE_PAYS = 1 << 17  # activations [B, P+N, C] from which on a CPU the backward pass over kept tokens alone is faster
+SPARSE_PAYS = 1 << 16, 0.15  # activations that are dropped, and of all: from here on a CPU a backward pass over kept tokens is faster
 
 
 class PrunedOutput(NamedTuple):
@@ -81,13 +82,14 @@ class _Pruned:
         state, scores = State(x, num_patches=num_patches), None
         at = () if self.tokens is None else self.tokens.at
         asks = self.tokens is not None and self.tokens.score == "cls_attention"
-        sparse = (x.device.type == "cpu" and x.numel() >= SPARSE_PAYS) if sparse is None else sparse
-        sparse = sparse and torch.is_grad_enabled() and not (self.grad_checkpointing or torch.compiler.is_compiling())
-        sparse = sparse and all(block.splits() for block in self.blocks)
+        sparse is None or isinstance(sparse, bool) or fail("PrunedViT", "sparse_backward", "a bool or None", repr(sparse))
+        at_least, sparse = (0, 0.0) if sparse else SPARSE_PAYS, sparse or (sparse is None and x.device.type == "cpu")
+        sparse = sparse and torch.is_grad_enabled() and not (self.grad_checkpointing or transformed())
+        sparse = sparse and all(type(block) is PrunedBlock and block.splits() for block in self.blocks)
         for i, block in enumerate(self.blocks):
             if i in at:
                 state = self._prune_tokens(state.whole(), at.index(i), num_patches, scores)
-                state = state.parted() if sparse else state
+                state = state.parted(at_least) if sparse else state
             if state.split is not None:
                 x, dropped = block.forward_split(state.x, state.dropped, state.split, state.policy)
                 state = state._replace(x=x, dropped=dropped)
@@ -103,7 +105,7 @@ class _Pruned:
                 x = block(state.x, **options)
             x, scores = x if "class_attention" in options else (x, None)
             state = state._replace(x=x)
-        x = normalise(self.norm, state.whole(last=True).x)
+        x = normalise(self.norm, state.whole().x)
         if state.cu_seqlens is not None:
             x = ops.expand_rows(x, state.cu_seqlens, state.mask)
         return state._replace(x=x)
@@ -178,9 +180,10 @@ class _Pruned:
         """Images [B, 3, H, W] -> logits; with details, a PrunedOutput.
 
         sparse_backward: in training under a policy compute gradients for kept tokens alone. For a loss that reads no dropped token they
-        are all there is but for the share `eps` of dropped keys (in a small trained model 1e-6 of a parameter's gradient, in the worst
-        one 7e-4); for another loss the backward pass raises RuntimeError. It has no effect with checkpointed or compiled blocks, nor where
-        a block has dropout, stochastic depth or hooks. None: where that was measured to be faster, on a CPU with a large enough batch.
+        are all there is but for what attention's `eps` gives to dropped keys; where that is more than 1e-3 of a gradient's norm, or the
+        loss does read them, the backward pass raises split.DroppedGradient. It has no effect with checkpointed, compiled or transformed
+        blocks, nor where a block has dropout, stochastic depth, hooks, no head or parts of another kind. None: where that was measured to
+        be faster, on a CPU with enough dropped tokens.
         """
         state, P = self._stream(x, attn_mask, is_causal, sparse_backward), self.num_prefix_tokens
         policy = state.mask if state.policy is None else state.policy

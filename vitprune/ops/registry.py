@@ -115,6 +115,12 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, facts: tuple, for
     raise RuntimeError(f"{op}: no backend can run on {device} with {dtype}")
 
 
+def transformed() -> bool:
+    """Whether torch.compile, a trace, torch.func or forward-mode differentiation sees what is called now."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0)
+
+
 def large(rows: int) -> bool:
     """Whether so many rows of tokens make a call large: the size that backends are chosen by. A branch on the number, not the
     number, so that a graph with dynamic sizes has a constant to choose by; an exported one takes any size and chooses nothing."""
@@ -126,7 +132,8 @@ def large(rows: int) -> bool:
 def table(op: str, device: torch.device, dtype: torch.dtype = torch.float32, **facts) -> dict[str, str | None]:
     """Every backend of `op` with its reason not to serve that device and dtype (None: it can), in order for a card not measured."""
     disabled = dispatch.of(device).disabled(op, dtype)
-    return {b.name: b.refuses(device, dtype, **facts) or disabled.get(b.name) for b in TABLES[op].values()}
+    order = sorted(TABLES[op].values(), key=lambda b: b.yields(device, dtype, **facts))
+    return {b.name: b.refuses(device, dtype, **facts) or disabled.get(b.name) for b in order}
 
 
 def reload() -> None:
