@@ -1,4 +1,5 @@
 """The backward pass over kept tokens alone: its gradients are those of the whole one."""
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from vitprune import BlockPruning, PrunedBlock, TokenPruning, prune
 from vitprune import vit as vit_module
 from vitprune.split import DroppedGradient, Split
+from vitprune.step import Run
 from vitprune.train import train
 
 
@@ -124,9 +126,8 @@ def test_transforms_and_second_derivatives():
     expected = torch.autograd.grad(loss(weights), list(weights.values()), allow_unused=True)
     expected = {name: grad for name, grad in zip(weights, expected) if grad is not None}
     assert_same({name: got[name] for name in expected}, expected, 1e-6)
-    grads = torch.autograd.grad(loss(weights), weights["blocks.0.mlp.fc1.weight"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grads[0].sum().backward()
+    with pytest.raises(RuntimeError, match="with sparse_backward there is no second derivative"):
+        torch.autograd.grad(loss(weights), weights["blocks.0.mlp.fc1.weight"], create_graph=True)
 
 
 def test_evaluation_is_as_ever():
@@ -207,9 +208,9 @@ def test_rows_go_where_they_came_from():
         assert torch.equal(grad, (policy[..., None] > 0).expand(2, 5, 3).double())
 
 
-def trained(sparse, change=lambda model: model):
+def trained(sparse, change=lambda model: model, **options):
     model = change(prune(small(), TokenPruning(0.7, at=(1, 2, 3)), BlockPruning(heads=0.5)))
-    train(model, loaders(), replace(CONFIG, sparse_backward=sparse), small())
+    train(model, loaders(), replace(CONFIG, sparse_backward=sparse, **options), small())
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
@@ -221,11 +222,34 @@ def test_the_trainer_takes_the_same_steps(monkeypatch):
     torch.testing.assert_close(sparse, full, rtol=1e-3, atol=1e-4)
 
 
-def test_the_trainer_repeats_a_step_with_all_gradients():
-    def sharper(model):
-        for block in model.blocks:
-            block.attn.qkv.weight.data[:2 * block.attn.attn_dim] *= 300
-        return model
-    with pytest.warns(UserWarning, match="all gradients are computed from step 0 to the next multiple of 32: .* its eps counts"):
-        sparse = trained(True, sharper)
-    assert torch.equal(sparse, trained(False, sharper))
+def sharper(model):
+    for block in model.blocks:
+        block.attn.qkv.weight.data[:2 * block.attn.attn_dim] *= 300
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"mixup": 0.8}, {"cutmix": 1.0}, {"ema": 0.9, "smoothing": 0.0}])
+def test_the_trainer_repeats_a_step_with_all_gradients(options):
+    with pytest.warns(UserWarning, match="dropped tokens have gradients that sparse_backward must not leave out"):
+        sparse = trained(True, sharper, **options)
+    assert torch.equal(sparse, trained(False, sharper, **options))
+
+
+def test_a_run_goes_on_as_it_was_stopped():
+    """Whether all gradients are needed is part of a checkpoint, what is asked for is not."""
+    def run(sparse):
+        return Run(sharper(prune(small(), TokenPruning(0.7, at=(1, 2, 3)))), replace(CONFIG, sparse_backward=sparse), 4, small())
+    first, images, labels = run(True), *next(iter(loaders()[0].at_epoch(0)))
+    with pytest.warns(UserWarning, match="repeated with all"):
+        first.step(0, images, labels)
+    state = first.state_dict()
+    second = run(True)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(first.step(1, images, labels), second.step(1, images, labels))  # not tried in vain
+    assert second.full
+    del state["full"]  # of a run that began before there was such a thing
+    second.load_state_dict(state)
+    assert not second.full

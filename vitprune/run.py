@@ -29,7 +29,7 @@ from .tokens import TokenPruning
 from .train import Stopped, TrainConfig, keep_memory, train
 
 RECIPES = Path(__file__).parent / "recipes"
-_FREE = ("output", "resume", "keep_last", "save_every", "device", "data.workers")  # may differ where a run goes on
+_FREE = ("output", "resume", "keep_last", "save_every", "device", "data.workers", "train.sparse_backward")  # may differ where a run goes on
 
 
 @dataclass(frozen=True)

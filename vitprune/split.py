@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-LEAK = 1e-3  # of the norm of a gradient of queries, keys and values: what `eps` may give to dropped tokens and is left out
+LEAK = 1e-3  # of the norm of the gradient of a block's queries, keys and values: what `eps` may give to dropped tokens and is left out
 
 
 class DroppedGradient(RuntimeError):
@@ -66,6 +65,11 @@ class State(NamedTuple):
         return self._replace(x=kept, split=split, dropped=dropped)
 
 
+def _first_derivative() -> None:
+    if torch.is_grad_enabled():  # create_graph
+        raise RuntimeError("PrunedViT: with sparse_backward there is no second derivative; leave sparse_backward off")
+
+
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:
@@ -74,8 +78,8 @@ class _Take(torch.autograd.Function):
         return x.flatten(0, 1)[rows]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        _first_derivative()
         rows, = ctx.saved_tensors
         dx = grad.new_zeros(ctx.shape)
         dx.flatten(0, 1)[rows] = grad
@@ -92,11 +96,11 @@ class _Join(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        _first_derivative()
         rows = grad.flatten(0, 1)
         kept, dropped = rows[ctx.split.kept], rows[ctx.split.dropped]
-        size, lost = (torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)).item() for t in (kept, dropped))
+        size, lost = (torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (kept, dropped))
         if not math.isfinite(lost):
             kept = kept + math.nan  # as it would have spread, for a scaler or a check to see
         elif lost > ctx.leak * size:

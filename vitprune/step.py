@@ -75,7 +75,7 @@ class Run:
         self.dtype = _amp(config.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.student = Student(model)
-        self.sparse = config.sparse_backward
+        self.full = False  # whether gradients of dropped tokens are needed until the next multiple of RETRY
         if world()[1] > 1:
             self.student = nn.parallel.DistributedDataParallel(self.student)
         self.mixup = None
@@ -91,7 +91,7 @@ class Run:
     def state_dict(self) -> dict:
         """What a resumed run needs beside the weights."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "totals": self.totals,
-                "sparse": self.sparse, "history": self.history, "corrupt": sorted(self.corrupt), "steps": self.steps}
+                "full": self.full, "history": self.history, "corrupt": sorted(self.corrupt), "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state_dict` was taken. Raises ValueError where an epoch has other steps now: the data have changed."""
@@ -99,28 +99,29 @@ class Run:
             raise ValueError(f"train: the pictures must give {state['steps']} batches an epoch, as when the run began, got {self.steps}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.sparse = state["sparse"]
+        self.full = state.get("full", False)
         self.totals = {name: total.to(self.device) for name, total in state["totals"].items()}
         self.history = list(state["history"])
         self.corrupt.update(state["corrupt"])
 
     def step(self, step: int, images: Tensor, labels: Tensor) -> Tensor:
         """One update, the `step`th of the run, and its loss; its randomness is a function of the seed and of `step`."""
-        alone = world()[1] == 1  # other processes would wait for this one's gradients
         if step % RETRY == 0:
-            self.sparse = self.config.sparse_backward if alone or self.config.sparse_backward else False
+            self.full = False
         try:
             return self._step(step, images, labels)
-        except DroppedGradient as error:
-            if not alone:
+        except DroppedGradient:
+            if world()[1] > 1:  # other processes wait for this one's gradients
                 raise
             if self.config.sparse_backward:
-                warnings.warn(f"all gradients are computed from step {step} to the next multiple of {RETRY}: {error}", stacklevel=2)
-        self.sparse = False
+                warnings.warn("train: dropped tokens have gradients that sparse_backward must not leave out; such a step is repeated with "
+                              f"all of them, and so are the next ones, up to {RETRY - 1}", stacklevel=2)
+        self.full = True
         return self._step(step, images, labels)
 
     def _step(self, step: int, images: Tensor, labels: Tensor) -> Tensor:
         config, seed = self.config, self.config.seed * 1_000_003 + step
+        sparse = False if self.full or (config.sparse_backward is None and world()[1] > 1) else config.sparse_backward
         progress = step / (config.epochs * self.steps)
         images, labels = images.to(self.device), labels.to(self.device)
         torch.manual_seed(seed)
@@ -137,9 +138,9 @@ class Run:
         self.criterion.keep_ratios = _ratios(self.model, progress if config.ramp_tokens else 1.0)
         if self.mixup is not None:
             np.random.seed(seed % 2 ** 32)  # noqa: NPY002 (timm's Mixup draws from it)
-            images, target = self.mixup(images, labels)
+            images, target = self.mixup(images.clone(), labels)  # it works in place, and the step may be repeated
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            output = self.student(images, self.sparse)
+            output = self.student(images, sparse)
             taught = None if self.teacher is None else teach(self.teacher, images)
         if self.mixup is None:
             target = soft_target(labels, output.logits.shape[-1], config.smoothing)

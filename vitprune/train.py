@@ -61,7 +61,8 @@ class TrainConfig:
         with one, the average is what is saved as the model, and chooses the best checkpoint.
     amp: "auto" (on a GPU bfloat16 where the hardware has it, else float16 with scaled gradients; off on a CPU) or a dtype.
     sparse_backward: gradients of kept tokens alone, see PrunedViT.forward; None: in a single process, where that was measured to be
-        faster. A step in which dropped ones turn out to have gradients is repeated with all, and so are the next ones, up to 31.
+        faster. A step in which dropped ones turn out to have gradients is repeated with all, and so are the next ones, up to 31; in a
+        run of several processes it is an error.
     eval_every: epochs between evaluations; the last one always ends with one.
 
     Raises ValueError naming the field that is out of range.

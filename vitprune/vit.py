@@ -180,10 +180,11 @@ class _Pruned:
         """Images [B, 3, H, W] -> logits; with details, a PrunedOutput.
 
         sparse_backward: in training under a policy compute gradients for kept tokens alone. For a loss that reads no dropped token they
-        are all there is but for what attention's `eps` gives to dropped keys; where that is more than 1e-3 of a gradient's norm, or the
-        loss does read them, the backward pass raises split.DroppedGradient. It has no effect with checkpointed, compiled or transformed
-        blocks, nor where a block has dropout, stochastic depth, hooks, no head or parts of another kind. None: where that was measured to
-        be faster, on a CPU with enough dropped tokens.
+        are all there is but for what attention's `eps` gives to dropped keys. Where that is more than 1e-3 of the norm of the gradient of a
+        block's queries, keys and values, or the loss does read them, the backward pass raises split.DroppedGradient, for a second
+        derivative RuntimeError. It has no effect with checkpointed, compiled or transformed blocks, nor where a block has dropout,
+        stochastic depth, hooks, no head or parts of another kind. None: where that was measured to be faster, on a CPU with enough
+        dropped tokens.
         """
         state, P = self._stream(x, attn_mask, is_causal, sparse_backward), self.num_prefix_tokens
         policy = state.mask if state.policy is None else state.policy
