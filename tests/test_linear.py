@@ -1,3 +1,5 @@
+import importlib
+
 import pytest
 import timm
 import torch
@@ -26,6 +28,15 @@ def test_formula(dtype, end, bias, shape):
         out = ops.linear(x, w, b if bias else None, gelu=end == "gelu", residual=residual)
     assert out.dtype == dtype and out.shape == truth.shape
     assert torch.allclose(out.double(), truth, atol=16 * torch.finfo(dtype).eps, rtol=4 * torch.finfo(dtype).eps)
+
+
+def test_processors_without_bfloat16_products(monkeypatch):
+    """AVX2 alone: oneDNN refuses, PyTorch's own call serves."""
+    linear = importlib.import_module("vitprune.ops.linear")
+    monkeypatch.setattr(linear, "_bfloat16", lambda: False)
+    x, w, b = (torch.randn(shape).bfloat16() for shape in ((3, 48), (32, 48), 32))
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, w, b), nn.functional.linear(x, w, b)) and linear.pack(w, 3) is None
 
 
 def test_gradient_flows_where_asked():

@@ -45,7 +45,7 @@ def _onednn_serves(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
-    if not (torch.backends.mkldnn.enabled and _available()):
+    if not (torch.backends.mkldnn.enabled and _available() and (x.dtype == torch.float32 or _bfloat16())):
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)))
 
@@ -58,3 +58,9 @@ def _available() -> bool:
         def _flops(x_shape, *_, out_shape=None, **__) -> int:
             return 2 * x_shape[-1] * torch.Size(out_shape).numel()
     return found
+
+
+@functools.cache
+def _bfloat16() -> bool:
+    """Whether oneDNN has products in bfloat16: not for processors with AVX2 alone."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
