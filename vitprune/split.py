@@ -70,6 +70,11 @@ def _first_derivative() -> None:
         raise RuntimeError("PrunedViT: with sparse_backward there is no second derivative; leave sparse_backward off")
 
 
+def _norm(x: Tensor) -> float:
+    norm = torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)).item()
+    return norm if math.isfinite(norm) else torch.linalg.vector_norm(x, dtype=torch.float64).item()  # float32 may overflow; 20 times slower
+
+
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:
@@ -100,7 +105,7 @@ class _Join(torch.autograd.Function):
         _first_derivative()
         rows = grad.flatten(0, 1)
         kept, dropped = rows[ctx.split.kept], rows[ctx.split.dropped]
-        size, lost = (torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (kept, dropped))
+        size, lost = _norm(kept), _norm(dropped)
         if not math.isfinite(lost):
             kept = kept + math.nan  # as it would have spread, for a scaler or a check to see
         elif lost > ctx.leak * size:
