@@ -17,7 +17,6 @@ from vitprune.doctor import report, text
 from vitprune.native import select_tokens as native_select_tokens
 from vitprune.ops import backend, policy_attention, registry, select_tokens, short_attention
 
-needs_nvrtc = pytest.mark.skipif(nvrtc.library() is None, reason=nvrtc.MISSING)
 CUDA = torch.device("cuda", 0)
 
 

@@ -267,9 +267,8 @@ def decide(state: State) -> dict:
     choices = []
     for group, rows in groups.items():
         op, kind, facts = json.loads(group)
-        names = [n for n in registry.TABLES[op] if all(n in row["ms"] for row in rows) and (op, kind, n) not in state.disabled]
-        late = {n: registry.find(op, n).yields(state.device, getattr(torch, kind), **facts) for n in names}
-        names.sort(key=late.get)  # as `registry.choose` does
+        names = [b.name for b in registry.order(op, state.device, getattr(torch, kind), **facts)  # as `registry.choose` does
+                 if all(b.name in row["ms"] for row in rows) and (op, kind, b.name) not in state.disabled]
         first = names[0]
         share = {n: math.exp(statistics.fmean(math.log(row["ms"][n] / row["ms"][first]) for row in rows)) for n in names}
         best = min(names, key=share.get)

@@ -6,23 +6,8 @@ import torch
 from torch import Tensor
 
 from ..native import policy_attention as native
-from .registry import (
-    Backend,
-    call,
-    choose,
-    define,
-    fail,
-    find,
-    gradient,
-    interpreted,
-    is_int,
-    is_number,
-    large,
-    on_device,
-    run,
-    serve,
-    transformed,
-)
+from . import registry
+from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, is_int, is_number, large, on_device, run, serve
 
 OP = "policy_attention"
 
@@ -79,7 +64,7 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     qkv.dim() == 3 or fail("split_qkv", "qkv", "[B, N, 3*H*D]", qkv.shape)
     (is_int(num_heads) and num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0) or fail(
         "split_qkv", "num_heads", f"a divisor of {qkv.shape[-1]} / 3 channels", num_heads)
-    plain = not (torch.is_grad_enabled() and qkv.requires_grad) or transformed()
+    plain = not (torch.is_grad_enabled() and qkv.requires_grad) or registry.transformed()
     return _heads(qkv, num_heads) if plain else _Split.apply(qkv, num_heads)
 
 

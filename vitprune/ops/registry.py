@@ -109,9 +109,9 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, facts: tuple, for
             warnings.warn(f"{op}: backend {forced!r} {disabled[forced]}", stacklevel=2)
         return forced
     winner = measured.winner(op, dtype, facts)
-    for name in sorted(entries, key=lambda n: (n != winner, entries[n].yields(device, dtype, **facts))):  # stable: the rest in order
-        if name not in disabled and entries[name].refuses(device, dtype, **facts) is None:
-            return name
+    for entry in sorted(order(op, device, dtype, **facts), key=lambda b: b.name != winner):  # stable: the rest in order
+        if entry.name not in disabled and entry.refuses(device, dtype, **facts) is None:
+            return entry.name
     raise RuntimeError(f"{op}: no backend can run on {device} with {dtype}")
 
 
@@ -129,11 +129,15 @@ def large(rows: int) -> bool:
     return True if rows >= LARGE else False
 
 
+def order(op: str, device: torch.device, dtype: torch.dtype, **facts) -> list[Backend]:
+    """The backends of `op` in order for a card not measured: those that yield come last."""
+    return sorted(TABLES[op].values(), key=lambda b: b.yields(device, dtype, **facts))
+
+
 def table(op: str, device: torch.device, dtype: torch.dtype = torch.float32, **facts) -> dict[str, str | None]:
     """Every backend of `op` with its reason not to serve that device and dtype (None: it can), in order for a card not measured."""
     disabled = dispatch.of(device).disabled(op, dtype)
-    order = sorted(TABLES[op].values(), key=lambda b: b.yields(device, dtype, **facts))
-    return {b.name: b.refuses(device, dtype, **facts) or disabled.get(b.name) for b in order}
+    return {b.name: b.refuses(device, dtype, **facts) or disabled.get(b.name) for b in order(op, device, dtype, **facts)}
 
 
 def reload() -> None:

@@ -212,5 +212,5 @@ serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp, yields=native.y
       Backend("library", library, composite=True, yields=lambda device, dtype, packed=False, **_: packed and device.type == "cuda"),
       Backend("cuda", native.cuda, refuses=native.refuses_cuda, yields=lambda device, dtype, packed=False, **_: not packed),
       Backend("triton", _triton, refuses=_triton_refuses,
-              yields=lambda device, dtype, packed=False, **_: interpreted(device, dtype) or not packed),
+              yields=lambda device, dtype, packed=False, **_: interpreted(device) or not packed),
       Backend("reference", reference, composite=True))
