@@ -13,7 +13,8 @@ from . import ops
 from .blocks import BlockPruning
 from .dense import PatchProduct, normalise
 from .layers import PrunedBlock, adopt
-from .ops.registry import fail, transformed
+from .ops.checks import fail
+from .ops.registry import transformed
 from .split import State
 from .tokens import TokenPredictor, TokenPruning, sample_policy
 

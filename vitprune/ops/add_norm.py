@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import add_norm as native
-from .registry import Backend, call, choose, define, fail, find, gradient, large, on_device, run, serve
+from .checks import fail, on_device
+from .registry import Backend, call, choose, define, find, gradient, large, run, serve
 
 OP = "add_norm"
 

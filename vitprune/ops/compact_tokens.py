@@ -3,23 +3,8 @@ import torch
 from torch import Tensor
 
 from ..native import compact_tokens as native
-from .registry import (
-    Backend,
-    call,
-    choose,
-    define,
-    fail,
-    find,
-    gradient,
-    interpreted,
-    is_int,
-    is_number,
-    large,
-    on_device,
-    run,
-    serve,
-    values,
-)
+from .checks import fail, is_int, is_number, on_device, values
+from .registry import Backend, call, choose, define, find, gradient, interpreted, large, run, serve
 
 OP, INVERSE = "compact_tokens", "expand_rows"
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .registry import KEYS, Backend, call, choose, define, fail, find, large, on_device, serve
+from .checks import fail, on_device
+from .registry import KEYS, Backend, call, choose, define, find, large, serve
 
 OP = "layer_norm"
 

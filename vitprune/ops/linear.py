@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .registry import fail
+from .checks import fail
 
 
 def linear(x: Tensor, w: Tensor, b: Tensor | None, *, gelu: bool = False, residual: Tensor | None = None,

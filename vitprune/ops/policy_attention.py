@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..native import policy_attention as native
 from . import registry
-from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, is_int, is_number, large, on_device, run, serve
+from .checks import fail, is_int, is_number, on_device
+from .registry import Backend, call, choose, define, find, gradient, interpreted, large, run, serve
 
 OP = "policy_attention"
 

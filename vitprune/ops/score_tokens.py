@@ -2,9 +2,10 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .checks import fail, on_device
 from .layer_norm import by_module
 from .linear import linear
-from .registry import Backend, call, choose, fail, on_device, serve
+from .registry import Backend, call, choose, serve
 
 OP = "score_tokens"
 

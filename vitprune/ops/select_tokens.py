@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..native import select_tokens as native
-from .registry import Backend, call, choose, define, fail, find, gradient, interpreted, is_int, large, on_device, run, serve
+from .checks import fail, is_int, on_device
+from .registry import Backend, call, choose, define, find, gradient, interpreted, large, run, serve
 
 OP = "select_tokens"
 

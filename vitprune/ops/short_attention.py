@@ -7,23 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import short_attention as native
-from .registry import (
-    Backend,
-    call,
-    choose,
-    define,
-    fail,
-    find,
-    gradient,
-    interpreted,
-    is_int,
-    is_number,
-    large,
-    on_device,
-    run,
-    serve,
-    values,
-)
+from .checks import fail, is_int, is_number, on_device, values
+from .registry import Backend, call, choose, define, find, gradient, interpreted, large, run, serve
 
 OP = "short_attention"
 SMALL = 120_000  # scores: measured on a CPU

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import sliced_product as native
-from .registry import Backend, call, choose, define, fail, find, gradient, is_int, large, on_device, run, serve
+from .checks import fail, is_int, on_device
+from .registry import Backend, call, choose, define, find, gradient, large, run, serve
 from .sliced_linear import as_rows, block_index, check_live, one_dtype, spread
 
 OP = "sliced_mlp"
