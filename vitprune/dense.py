@@ -1,6 +1,6 @@
 """The dense parts of a timm vision transformer by the fastest calls there are; hooks see their modules as ever."""
 import torch
-from timm.layers import Format, LayerNorm, PatchEmbed
+from timm.layers import DropPath, Format, LayerNorm, PatchEmbed
 from torch import Tensor, nn
 
 from . import ops
@@ -22,15 +22,17 @@ def dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: T
 
 
 def drop(dropout: nn.Module, x: Tensor) -> Tensor:
-    """Dropout; in evaluation not even called, which at batch 1 is a percent of the time."""
-    return dropout(x) if dropout.training or watched(dropout) else x
+    """Dropout, or a path of stochastic depth; in evaluation not even called, which at batch 1 is a percent of the time."""
+    idle = type(dropout) in (nn.Dropout, nn.Identity, DropPath) and not dropout.training and not watched(dropout)
+    return x if idle else dropout(x)
 
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x); LayerNorm by the operator where nobody watches it."""
-    plain = type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and len(norm.normalized_shape) == 1
-    if not plain or watched(norm) or getattr(norm, "_fast_norm", False) or torch.jit.is_tracing():  # a trace tells parts by modules
+    if torch.is_grad_enabled() or type(norm) not in (nn.LayerNorm, LayerNorm) or watched(norm):
         return norm(x)
+    if norm.weight is None or len(norm.normalized_shape) != 1 or norm.__dict__.get("_fast_norm") or torch.jit.is_tracing():
+        return norm(x)  # a trace tells parts by modules
     return by_module(norm, x)
 
 

@@ -250,17 +250,17 @@ class PrunedBlock(Block):
 
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:
         """What follows attention, whose output is y; token by token."""
-        fused = isinstance(self.norm2, nn.LayerNorm) and isinstance(self.ls1, (nn.Identity, LayerScale))
-        if fused and not watched(self.norm2) and not watched(self.ls1):
-            x, y = ops.add_norm(x, self.drop_path1(y), self.norm2.weight, self.norm2.bias, self.norm2.eps,
-                                gamma=getattr(self.ls1, "gamma", None))
+        norm, scale, path = self.norm2, self.ls1, self.drop_path1
+        if isinstance(norm, nn.LayerNorm) and isinstance(scale, (nn.Identity, LayerScale)) and not watched(norm) and not watched(scale):
+            x, y = ops.add_norm(x, drop(path, y), norm.weight, norm.bias, norm.eps,
+                                gamma=scale.gamma if isinstance(scale, LayerScale) else None)
         else:
-            x = x + self.drop_path1(self.ls1(y))
-            y = self.norm2(x)
-        after = self.ls2, self.drop_path2
-        if all(isinstance(m, nn.Identity) for m in after) and not any(map(watched, (self.mlp, *after))):
-            return self.mlp(y, x)
-        return x + self.drop_path2(self.ls2(self.mlp(y)))
+            x = x + path(scale(y))
+            y = norm(x)
+        mlp, scale, path = self.mlp, self.ls2, self.drop_path2
+        if isinstance(scale, nn.Identity) and isinstance(path, nn.Identity) and not any(map(watched, (mlp, scale, path))):
+            return mlp(y, x)
+        return x + path(scale(mlp(y)))
 
 
 _PLAIN = {PrunedBlock, PrunedAttention, PrunedMlp, Gate, LayerScale, DropPath, LayerNorm, nn.LayerNorm, nn.Linear, nn.GELU, GELU,

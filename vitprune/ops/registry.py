@@ -21,7 +21,16 @@ RUN: dict[str, Callable] = {}                  # registered operator -> what com
 CAST: dict[str, list[bool]] = {}               # registered operator -> which arguments autocast takes to its dtype
 GRADIENTS: dict[str, type[torch.autograd.Function]] = {}
 KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.AutocastCUDA}
-_local = threading.local()
+
+
+class _Local(threading.local):
+    """What a thread has chosen; defaults of the class, since a `getattr` that finds nothing takes longer than all else in `choose`."""
+    forced: str | None = None
+    graph = False
+    asked: list | None = None
+
+
+_local = _Local()
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ def backend(name: str) -> Iterator[None]:
     known = sorted({name for table in TABLES.values() for name in table})
     if name not in known:
         raise ValueError(f"backend: name must be one of {', '.join(known)}, got {name!r}")
-    previous, _local.forced = getattr(_local, "forced", None), name
+    previous, _local.forced = _local.forced, name
     try:
         yield
     finally:
@@ -65,7 +74,7 @@ def backend(name: str) -> Iterator[None]:
 def for_graph() -> Iterator[None]:
     """Inside, backends are chosen for a CUDA graph, by the time on the GPU alone: the host's, most of a small call, does not count there.
     Around the capture and the calls before it, which compile and load what it launches."""
-    previous, _local.graph = getattr(_local, "graph", False), True
+    previous, _local.graph = _local.graph, True
     try:
         yield
     finally:
@@ -80,7 +89,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
     """
     if torch.compiler.is_exporting():  # an exported graph must run where this package is not installed
         return next(b.name for b in TABLES[op].values() if b.composite)
-    forced = getattr(_local, "forced", None)
+    forced = _local.forced
     dual = torch.autograd.forward_ad._current_level >= 0  # kernels would drop the tangents
     if dual or torch._C._are_functorch_transforms_active():
         if forced in TABLES[op] and not TABLES[op][forced].composite:
@@ -90,9 +99,9 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
     if device.type in KEYS and torch.is_autocast_enabled(device.type) and any(CAST.get(op, ())) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)  # what a kernel will be given
     facts["grad"] = torch.is_grad_enabled()  # what is fastest forward need not be so with its gradient
-    if getattr(_local, "graph", False):
+    if _local.graph:
         facts["graph"] = True
-    if getattr(_local, "asked", None) is not None:
+    if _local.asked is not None:
         _local.asked.append((op, dtype, facts))
     return _choose(op, device, dtype, tuple(facts.items()), forced)
 

@@ -16,11 +16,12 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
     patches [B, N, C]; predictor: a `TokenPredictor` of width C; mask bool [B, N]: patches that the image still has (None:
     all; scores of the others mean nothing). Returns [B, N]. Raises ValueError for shapes or devices that do not fit together.
     """
-    C = predictor.in_conv[1].in_features
+    first = predictor.in_conv[1]
+    C = first.in_features
     (patches.dim() == 3 and patches.shape[-1] == C) or fail(OP, "patches", f"[B, N, {C}]", patches.shape)
     expected = patches.shape[:2]
     mask is None or mask.shape == expected or fail(OP, "mask", f"[B, N] = {tuple(expected)}", mask if mask is None else mask.shape)
-    on_device(OP, "patches", patches.device, mask=mask, predictor=predictor.in_conv[1].weight)
+    on_device(OP, "patches", patches.device, mask=mask, predictor=first.weight)
     return call(OP, choose(OP, patches.device, patches.dtype), patches, predictor, mask)
 
 
@@ -32,12 +33,12 @@ def reference(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Ten
 
 def split(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Tensor:
     """Without the concatenation: the shared half of its product is one vector an image, and two logits need no softmax."""
-    norm, first = predictor.in_conv[:2]
-    second, third, last = predictor.out_conv[0], predictor.out_conv[2], predictor.out_conv[4]
+    norm, first, _ = predictor.in_conv  # no slices: each would be a new module
+    second, _, third, _, last, _ = predictor.out_conv
     x = linear(by_module(norm, patches), first.weight, first.bias, gelu=True)
     local, shared = x.chunk(2, dim=-1)
     if mask is None:
-        shared = shared.sum(1) / max(patches.shape[1], 1)
+        shared = shared.mean(1)
     else:
         weight = mask[..., None].to(x.dtype)
         shared = (shared * weight).sum(1) / weight.sum(1).clamp(min=1)
