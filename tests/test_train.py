@@ -1,4 +1,5 @@
 """The training loop: it learns, freezes, groups, diagnoses, and repeats itself bit for bit."""
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,27 @@ def test_training_repeats_bit_for_bit_and_leaves_the_callers_random_state():
     torch.set_rng_state(state)
     train(model, loaders(), replace(CONFIG, epochs=1))
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("odds, expected, sure", [(0.0, 0.5, False), (1.0, 0.7311, False), (50.0, 1.0, True), (-50.0, 0.0, True)])
+def test_epochs_record_what_is_kept(odds, expected, sure):
+    """A fraction of all patches at each stage, and a warning where decisions are too sure to have a gradient."""
+    model = prune(vit(), TokenPruning((0.5, 0.25), at=(1, 2)))
+    for predictor in model.score_predictor:
+        last = predictor.out_conv[4]
+        nn.init.zeros_(last.weight)
+        last.bias.data = torch.tensor([odds, 0.0])
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        record, = train(model, loaders(192), replace(CONFIG, epochs=1, lr=1e-12, min_lr=0.0))
+    draws = 192 * 16  # that are independent
+    for stage in (0, 1):
+        kept = expected ** (stage + 1)
+        assert abs(record[f"keep_{stage}"] - kept) <= 4 * (kept * (1 - kept) / draws) ** 0.5
+    found = [str(w.message) for w in said if "too sure" in str(w.message)]
+    assert len(found) == 2 * sure
+    if sure:
+        assert f"epoch 0 stage 1 kept {expected:.4f} of the patches, its target is 0.2500" in found[1]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -263,5 +263,7 @@ class Log:
 def show(record: dict, epochs: int) -> str:
     """One line on an epoch."""
     parts = [f"epoch {record['epoch'] + 1}/{epochs}", f"loss {record['loss']:.4f}"]
+    if kept := [f"{record[name]:.2f}" for name in record if name.startswith("keep_")]:
+        parts.append(f"kept {' '.join(kept)}")
     parts += [f"{name} {record[name]:.2f} %" for name in ("top1", "top5", "ema_top1") if name in record]
     return ", ".join(parts)

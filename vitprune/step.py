@@ -170,7 +170,8 @@ class Run:
         learned.observe(self.model, progress)
         if self.ema is not None:
             self.ema.update(self.model, step=step)
-        for name, value in {"loss": loss, **parts}.items():
+        kept = {f"keep_{stage}": decision.mean() for stage, decision in enumerate(output.decisions)}
+        for name, value in {"loss": loss, **parts, **kept}.items():
             self.totals[name] = self.totals.get(name, 0) + value.detach().float()
         return loss.detach()
 
@@ -188,11 +189,17 @@ class Run:
                     value /= world()[1]
 
     def end_epoch(self, epoch: int, held_out) -> dict:
-        """The record of an epoch: its means, and the accuracies where it is time to evaluate."""
+        """The record of an epoch: its means, and the accuracies where it is time to evaluate. keep_S: of the original patches, what stage
+        S kept in training; a warning where it is all or none against its target, since sure decisions have no gradient."""
         self.average_totals()
         means = {name: total / self.steps for name, total in self.totals.items()}
         lr = next((g["lr"] / g["lr_scale"] for g in self.optimizer.param_groups if g["lr_scale"]), 0.0)  # what config.lr has become
         record = {"epoch": epoch, "step": (epoch + 1) * self.steps, "lr": lr, **{name: value.item() for name, value in means.items()}}
+        for stage, target in enumerate(self.criterion.keep_ratios):
+            kept = record[f"keep_{stage}"]
+            if abs(kept - target) > 0.1 and not 1e-3 < kept < 1 - 1e-3:
+                warnings.warn(f"train: in epoch {epoch} stage {stage} kept {kept:.4f} of the patches, its target is {target:.4f}: its "
+                              "decisions have become too sure to have a gradient; a lower lr or a longer warm-up avoids that", stacklevel=2)
         if self.corrupt:
             record["unreadable"] = len(self.corrupt)
         last = epoch == self.config.epochs - 1
