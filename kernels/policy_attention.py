@@ -200,12 +200,12 @@ def configured(q: Tensor) -> dict:
 
 def launch(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float,
            config: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, H, N, D], a transposed [B, N, H, D]; row maxima (in units of log 2) and sums [B, H, N], float32."""
+    """Output [B, H, N, D], laid out as [B, N, H, D]; row maxima (in units of log 2) and sums [B, H, N], float32."""
     B, H, N, D = q.shape
     if in_float(q):
         out, m, z = launch(q.float(), k.float(), v.float(), policy, scale, eps, config)
         return out.to(q.dtype), m, z
-    out = torch.empty(B, N, H, D, dtype=q.dtype, device=q.device)
+    out = torch.empty_strided((B, H, N, D), (N * H * D, D, H * D, 1), dtype=q.dtype, device=q.device)
     m, z = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
     config = config or configured(q)
     with on(q.device):
@@ -213,4 +213,4 @@ def launch(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: f
             q, k, v, policy, out, m, z, N, H, scale, eps, *q.stride(), *k.stride(), *v.stride(), *policy.stride(),
             D=D, WIDTH=triton.next_power_of_2(D), EPS=eps > 0, QUERIES=config["queries"], KEYS=config["keys"], TAIL=tail(N, config["keys"]),
             num_warps=config["num_warps"], num_stages=config["num_stages"])
-    return out.transpose(1, 2), m, z
+    return out, m, z

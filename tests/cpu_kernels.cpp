@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -40,14 +41,82 @@ const Width WIDTHS[] = {
     {"widest", true, {}, {}},  // as the operators call them
 };
 
-std::unique_ptr<float[]> random_floats(long long n) {
-  std::unique_ptr<float[]> x(new float[n]);
-  for (long long i = 0; i < n; i++) x[i] = 4.0f * std::rand() / RAND_MAX - 2;
+struct Kind {  // of a case of policy_attention
+  float eps;
+  bool bfloat16, fused;  // fused: q, k and v read from one buffer [B, N, 3, H, D], the output written as [B, N, H, D]
+  int reach;             // more than 1: whole numbers whose scores lie that far apart, so that nothing rounds
+};
+
+unsigned bits_of(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+float bfloat16(float x) {  // without what it cannot hold
+  const unsigned bits = bits_of(x) & 0xffff0000u;
+  std::memcpy(&x, &bits, 4);
   return x;
 }
 
-void expect(const char *what, const Width &width, double got, double truth, double scale = 1) {
-  if (std::fabs(got - truth) <= 2e-5 * (scale + std::fabs(truth))) return;
+std::unique_ptr<float[]> random_floats(long long n, bool narrow = false, int whole = 0) {
+  std::unique_ptr<float[]> x(new float[n]);
+  for (long long i = 0; i < n; i++) {
+    x[i] = 4.0f * std::rand() / RAND_MAX - 2;
+    if (whole) x[i] = whole * std::round(x[i]);
+    if (narrow) x[i] = bfloat16(x[i]);
+  }
+  return x;
+}
+
+struct Heads {  // [B, H, N, D] of float32 or bfloat16 somewhere in memory
+  long long strides[4];
+  bool narrow;
+  std::shared_ptr<char> memory;
+  char *data;
+
+  char *at(int b, int h, int i, int d) const { return data + (b * strides[0] + h * strides[1] + i * strides[2] + d * strides[3]) * (narrow ? 2 : 4); }
+  float get(int b, int h, int i, int d) const {
+    unsigned bits = 0;
+    std::memcpy(narrow ? (char *)&bits + 2 : (char *)&bits, at(b, h, i, d), narrow ? 2 : 4);
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  void set(int b, int h, int i, int d, float x) const {
+    const unsigned bits = bits_of(x);
+    std::memcpy(at(b, h, i, d), narrow ? (char *)&bits + 2 : (char *)&bits, narrow ? 2 : 4);
+  }
+};
+
+// `parts` tensors, side by side in one buffer as a product writes them, or each for itself; exactly as much memory as they need.
+std::vector<Heads> heads(int parts, int B, int H, int N, int D, const Kind &kind) {
+  std::vector<Heads> all;
+  const long long size = (long long)B * H * N * D * (kind.bfloat16 ? 2 : 4), C = (long long)H * D;
+  std::shared_ptr<char> memory;
+  for (int part = 0; part < parts; part++) {
+    if (!kind.fused || part == 0) memory.reset(new char[kind.fused ? parts * size : size], std::default_delete<char[]>());
+    Heads x{{H * N * (long long)D, N * (long long)D, D, 1}, kind.bfloat16, memory, memory.get()};
+    if (kind.fused) {
+      const long long strides[4] = {parts * N * C, D, parts * C, 1};
+      std::copy(strides, strides + 4, x.strides);
+      x.data += part * C * (kind.bfloat16 ? 2 : 4);
+    }
+    all.push_back(x);
+  }
+  return all;
+}
+
+Heads holding(Heads to, const float *from, int B, int H, int N, int D) {
+  for (int b = 0; b < B; b++)
+    for (int h = 0; h < H; h++)
+      for (int i = 0; i < N; i++)
+        for (int d = 0; d < D; d++) to.set(b, h, i, d, from[((b * (long long)H + h) * N + i) * D + d]);
+  return to;
+}
+
+void expect(const char *what, const Width &width, double got, double truth, double scale = 1, double round = 1) {
+  if (std::fabs(got - truth) <= 2e-5 * round * (scale + std::fabs(truth))) return;
   if (failures++ < 10) std::printf("%s at %s: %g instead of %g\n", what, width.name, got, truth);
 }
 
@@ -65,20 +134,29 @@ Row weights(const float *q, const float *k, long long step, int i, int n, int D,
   return e;
 }
 
-void policy(const Width &width, int B, int H, int N, int D) {
+void policy(const Width &width, int B, int H, int N, int D, const Kind &kind) {
   const long long all = (long long)B * H * N * D, rows = (long long)B * H * N;
-  auto q = random_floats(all), k = random_floats(all), v = random_floats(all), up = random_floats(all), p = random_floats(B * N);
+  const bool narrow = kind.bfloat16, far = kind.reach > 1;
+  auto q = random_floats(all, narrow, far ? kind.reach : 0), k = random_floats(all, narrow, far), v = random_floats(all, narrow);
+  auto up = random_floats(all, narrow), p = random_floats(B * N);
   for (int i = 0; i < B * N; i++) p[i] = p[i] > 0 ? 1 : i % 3 ? 0 : 0.5f;
-  std::unique_ptr<float[]> out(new float[all]), m(new float[rows]), z(new float[rows]);
-  std::unique_ptr<float[]> dqkv(new float[3 * all]), dp(new float[rows]);
+  std::unique_ptr<float[]> m(new float[rows]), z(new float[rows]), dp(new float[rows]);
+  const auto qkv = heads(3, B, H, N, D, kind), ends = heads(2, B, H, N, D, kind);
+  const Heads in[] = {holding(qkv[0], q.get(), B, H, N, D), holding(qkv[1], k.get(), B, H, N, D), holding(qkv[2], v.get(), B, H, N, D)};
+  const Heads out = ends[0], dout = holding(ends[1], up.get(), B, H, N, D);
+  const auto grads = heads(3, B, H, N, D, {0, narrow, true, 1});
   PolicyAttentionParams a{};
-  a.q = q.get(), a.k = k.get(), a.v = v.get(), a.policy = p.get(), a.out = out.get(), a.m = m.get(), a.z = z.get();
-  a.B = B, a.H = H, a.N = N, a.D = D, a.scale = 0.3f, a.eps = 1e-6f;
-  const long long strides[4] = {(long long)H * N * D, (long long)N * D, D, 1};
-  for (auto *of : {a.q_strides, a.k_strides, a.v_strides, a.out_strides, a.dout_strides}) std::copy(strides, strides + 4, of);
+  a.q = in[0].data, a.k = in[1].data, a.v = in[2].data, a.policy = p.get(), a.out = out.data, a.m = m.get(), a.z = z.get();
+  a.B = B, a.H = H, a.N = N, a.D = D, a.scale = far ? 0.25f : 0.3f, a.eps = kind.eps, a.bfloat16 = narrow;
+  for (int s = 0; s < 4; s++) {
+    a.q_strides[s] = in[0].strides[s], a.k_strides[s] = in[1].strides[s], a.v_strides[s] = in[2].strides[s];
+    a.out_strides[s] = out.strides[s], a.dout_strides[s] = dout.strides[s];
+  }
   width.run(a);
-  a.dout = up.get(), a.dqkv = dqkv.get(), a.dpolicy = dp.get();
+  a.dout = dout.data, a.dqkv = grads[0].data, a.dpolicy = dp.get();
   width.run(a);
+  // A rounding of bfloat16 is 200 times that of the tolerance; sums of numbers that large round as such numbers do.
+  const double round = narrow ? 200 : 1, of_k = round * (far ? kind.reach * N : 1);
   for (int b = 0; b < B; b++) {
     for (int h = 0; h < H; h++) {
       const long long at = ((long long)b * H + h) * N * D;
@@ -97,7 +175,7 @@ void policy(const Width &width, int B, int H, int N, int D) {
           }
         }
         for (int d = 0; d < D; d++) {
-          expect("policy_attention", width, out[at + i * D + d], o[d]);
+          expect("policy_attention", width, out.get(b, h, i, d), o[d], 1, round);
           delta += o[d] * up[at + i * D + d];
         }
         for (int j = 0; j < N; j++) {
@@ -110,10 +188,9 @@ void policy(const Width &width, int B, int H, int N, int D) {
           for (int d = 0; d < D; d++) dq_[i * D + d] += ds[j] * k[at + j * D + d], dk_[j * D + d] += ds[j] * q[at + i * D + d];
       }
       for (int i = 0; i < N * D; i++) {
-        const float *row = dqkv.get() + ((long long)b * N + i / D) * 3 * H * D + h * D + i % D;
-        expect("gradient of q", width, row[0], dq_[i]);
-        expect("gradient of k", width, row[H * D], dk_[i]);
-        expect("gradient of v", width, row[2 * H * D], dv_[i]);
+        expect("gradient of q", width, grads[0].get(b, h, i / D, i % D), dq_[i], 1, round);
+        expect("gradient of k", width, grads[1].get(b, h, i / D, i % D), dk_[i], 1, of_k);
+        expect("gradient of v", width, grads[2].get(b, h, i / D, i % D), dv_[i], 1, round);
       }
       for (int j = 0; j < N; j++)
         if (p[b * N + j] > 0) expect("gradient of the policy", width, dp[at / D + j], dp_[j], 10);
@@ -121,19 +198,20 @@ void policy(const Width &width, int B, int H, int N, int D) {
   }
 }
 
-void packed(const Width &width, const std::vector<int> &lengths, int H, int D) {
+void packed(const Width &width, const std::vector<int> &lengths, int H, int D, bool narrow) {
   std::vector<int> ends{1};  // a row of no sequence before the first and two after the last
   int longest = 0;
   for (int n : lengths) ends.push_back(ends.back() + n), longest = std::max(longest, n);
   const int T = ends.back() + 2, third = H * D;
-  auto qkv = random_floats((long long)T * 3 * third);
-  std::unique_ptr<float[]> out(new float[T * third]);
+  const Kind kind{0, narrow, true, 1};
+  auto qkv = random_floats((long long)T * 3 * third, narrow);
+  const Heads in = holding(heads(1, 1, 1, T, 3 * third, kind)[0], qkv.get(), 1, 1, T, 3 * third), out = heads(1, 1, 1, T, third, kind)[0];
   ShortAttentionParams a{};
-  a.qkv = qkv.get(), a.out = out.get(), a.cu_seqlens = ends.data(), a.qkv_row = 3 * third, a.T = T, a.scale = -0.4f;
+  a.qkv = in.data, a.out = out.data, a.bfloat16 = narrow, a.cu_seqlens = ends.data(), a.qkv_row = 3 * third, a.T = T, a.scale = -0.4f;
   a.B = lengths.size(), a.H = H, a.N = longest, a.D = D;
   width.run(a);
   if (!width.short_.run)
-    for (int i = ends.back() * third; i < T * third; i++) expect("a row of no sequence", width, out[i], 0);
+    for (int i = ends.back() * third; i < T * third; i++) expect("a row of no sequence", width, out.get(0, 0, i / third, i % third), 0);
   for (int b = 0; b < a.B; b++) {
     for (int h = 0; h < H; h++) {
       const float *q = qkv.get() + (long long)ends[b] * 3 * third + h * D;
@@ -143,7 +221,7 @@ void packed(const Width &width, const std::vector<int> &lengths, int H, int D) {
         for (int d = 0; d < D; d++) {
           double o = 0;
           for (int j = 0; j < lengths[b]; j++) o += e[j] / sum * q[j * 3 * third + 2 * third + d];
-          expect("short_attention", width, out[(ends[b] + i) * third + h * D + d], o);
+          expect("short_attention", width, out.get(0, 0, ends[b] + i, h * D + d), o, 1, narrow ? 200 : 1);
         }
       }
     }
@@ -196,6 +274,7 @@ void selected(int B, int P, int N, int K, int units) {
 }  // namespace
 
 int main() {
+  selected(2, 1, 5, 3, 0);
   for (int N : {1, 2, 50, 196})
     for (int K : {0, 1, N / 2, N}) selected(3, N % 3, N, K, 65), selected(1, 1, N, K, 4096);
   unused(5, 7);
@@ -203,8 +282,9 @@ int main() {
     if (!width.here) continue;
     for (int N : {1, 2, 15, 16, 17, 47, 48, 49, 97, 130})
       for (int D : {1, 7, 16, 64, 80}) {
-        policy(width, 1 + N % 2, 2, N, D);
-        packed(width, {N, 0, 1, N / 2 + 1}, 2, D);
+        for (const Kind &kind : {Kind{1e-6f, false, false, 1}, {0, false, true, 1}, {1e-6f, true, true, 1}, {0, true, false, 1}, {1e-6f, false, true, 64}})
+          policy(width, 1 + N % 2, 2, N, D, kind);
+        for (bool narrow : {false, true}) packed(width, {N, 0, 1, N / 2 + 1}, 2, D, narrow);
       }
     std::printf("%s\n", width.name);
   }

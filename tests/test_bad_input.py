@@ -1,4 +1,5 @@
 """Every kind of bad input at the public surface and the one error that answers it: it names the argument, what was expected, what came."""
+import math
 from functools import partial
 
 import pytest
@@ -48,7 +49,7 @@ OPERATORS = {
     "policy_attention: policy must be on q's device cpu, got meta": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5, device="meta")),
     "policy_attention: scale must be a number (it has no gradient), got tensor(1.)":
         lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), scale=torch.tensor(1.0)),
-    "policy_attention: eps must be a number >= 0, got 'tiny'": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps="tiny"),
+    "policy_attention: eps must be a finite number >= 0, got 'tiny'": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps="tiny"),
     "short_attention: scale must be a number (it has no gradient), got '1/8'":
         lambda: ops.short_attention(Z(2, 5, 36), num_heads=3, scale="1/8"),
     "expand_rows: fill must be one of torch.int64, as rows, got 2.5":
@@ -63,7 +64,8 @@ OPERATORS = {
         lambda: ops.sliced_mlp(Z(2, 4).long(), Z(4, 4), None, Z(4, 4), None, IDS([0]), width=2),
     "split_qkv: qkv must be [B, N, 3*H*D], got (3, 5)": lambda: ops.split_qkv(Z(3, 5), 1),
     "split_qkv: num_heads must be a divisor of 24 / 3 channels, got 3": lambda: ops.split_qkv(Z(2, 5, 24), 3),
-    "policy_attention: eps must be a number >= 0, got -1.0": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps=-1.0),
+    "policy_attention: eps must be a finite number >= 0, got inf": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps=math.inf),
+    "policy_attention: eps must be a finite number >= 0, got -1.0": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps=-1.0),
     "short_attention: qkv must be [B, N, 3*H*D], got (5, 36)": lambda: ops.short_attention(Z(5, 36), num_heads=3),
     "short_attention: num_heads must be a positive int that divides 36 / 3, got 5": lambda: ops.short_attention(Z(2, 5, 36), num_heads=5),
     "short_attention: num_heads must be a positive int that divides 36 / 3, got 2.0":

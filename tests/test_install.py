@@ -175,7 +175,9 @@ class TestBuild:
         assert not has(names, ".cubin")
 
     @pytest.mark.parametrize("asked", [{"VITPRUNE_REQUIRE_NATIVE": "cuda"}, {"VITPRUNE_CUDA_ARCHS": "80"}], ids=["cuda", "80"])
-    @pytest.mark.parametrize("script", ["exit 1", '[ "$1" = --list-gpu-code ] && echo sm_80'], ids=["none that runs", "fails"])
+    @pytest.mark.parametrize("script", ["exit 1", '[ "$1" = --list-gpu-code ] && echo sm_80', "exit 0",
+                                        'if [ "$1" = --list-gpu-code ]; then echo sm_80; fi'],
+                             ids=["none that runs", "fails", "names nothing", "writes nothing"])
     def test_required_cuda_fails_without(self, tmp_path, script, asked):
         done = pip_wheel(tmp_path, **asked, **fake_cuda_home(tmp_path, script))
         (name, value), = asked.items()

@@ -168,7 +168,9 @@ def check_cpu_kernels(folder: Path, widths: dict[str, list[str]], *common: str, 
     subprocess.run([*common, tests / "cpu_kernels.cpp", *objects, "-o", folder / "run"], check=True)
     done = subprocess.run([*under, folder / "run"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {"base", "widest"} <= {*done.stdout.split()}
+    ran = {*done.stdout.split()}
+    print(f"vectors that ran: {', '.join(sorted(ran))}; not on this processor: {', '.join(sorted({*widths} - ran)) or 'none'}")
+    assert {"base", "widest"} <= ran
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -198,6 +200,26 @@ def test_threads_are_those_of_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     libraries = done.stdout.split()
     assert len(libraries) == 1, libraries
+
+
+@CPP
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_traced_graph_given_what_its_kernel_cannot_read(dtype):
+    """The choice is made when it is traced; a kernel must not read other numbers as if they were its own."""
+    q, policy, qkv, x = torch.randn(1, 2, 9, 16), torch.ones(1, 9), torch.randn(1, 9, 96), torch.randn(1, 9, 4)
+    cases = [(lambda q, p: policy_attention(q, q, q, p), (q, policy), (q.to(dtype), policy)),
+             (lambda x: short_attention(x, num_heads=2), (qkv,), (qkv.to(dtype),)),
+             (lambda x, s: select_tokens(x, s, 6)[0], (x, torch.randn(1, 8)), (x[:, :5], torch.randn(1, 4)))]
+    with torch.no_grad(), backend("cpp"):
+        traced = [torch.jit.trace(call, given, check_trace=False) for call, given, _ in cases]
+    for graph, (_, _, other) in zip(traced, cases):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="the kernel that was chosen does not take tensors like these"):
+            graph(*other)
+    half = q.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r"policy_attention.*\[1, 2, 9, 16\] float32, \[1, 2, 9, 16\] bfloat16"):
+        torch.ops.vitprune.policy_attention(q, half, q, policy, 1.0, 0.0, "cpp")
+    with pytest.raises(RuntimeError, match="short_attention.*int64"):
+        torch.ops.vitprune.short_attention(qkv[0], 2, torch.tensor([0, 9]), 9, 1.0, "cpp")
 
 
 @CPP

@@ -31,7 +31,8 @@ class Recipe:
     """How the demo trains: the dense model, what is fine-tuned from it, and what is dropped."""
     dense: TrainConfig = TrainConfig(epochs=40, batch_size=64, lr=3e-3, warmup_epochs=3, backbone_lr_scale=1.0,
                                      backbone_frozen_epochs=0, train_embeddings=True)
-    tokens: TrainConfig = TrainConfig(epochs=15, batch_size=64, lr=5e-3, warmup_epochs=1, backbone_lr_scale=0.15,
+    # At a rate of 5e-3 the predictors of the low keep rate came to keep every patch in 2 of 14 runs, at this one in none of 34.
+    tokens: TrainConfig = TrainConfig(epochs=15, batch_size=64, lr=3e-3, warmup_epochs=3, backbone_lr_scale=0.25,
                                       backbone_frozen_epochs=0, train_embeddings=True, ratio_weight=20.0)
     blocks: TrainConfig = TrainConfig(epochs=4, batch_size=64, lr=2e-3, warmup_epochs=0, backbone_lr_scale=1.0,
                                       backbone_frozen_epochs=0, train_embeddings=True)

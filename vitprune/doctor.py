@@ -153,6 +153,8 @@ def report(machine: Machine | None = None) -> dict:
     if torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     library = nvrtc.library()
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    nvcc = [*(f"{home}/bin" for home in homes), None, "/usr/local/cuda/bin"]  # where the build looks, None: the PATH
     return {
         "vitprune": metadata.version("vitprune"),
         "python": platform.python_version(),
@@ -161,7 +163,7 @@ def report(machine: Machine | None = None) -> dict:
         "packages": {name: _version(name) for name in ("timm", "triton", "onnxruntime", "openvino")},
         "compilers": {
             "c++": next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None),
-            "nvcc": shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin"),
+            "nvcc": next(filter(None, (shutil.which("nvcc", path=path) for path in nvcc)), None),
             "nvrtc": ".".join(map(str, nvrtc.version())) if library else None,
         },
         "extension": native.reason_cpp(torch.device("cpu")) or "installed",

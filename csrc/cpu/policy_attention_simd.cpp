@@ -10,7 +10,7 @@ namespace WIDTH_NAMESPACE {
 namespace {
 
 constexpr int ROWS = 48;  // of scores at a time: 40 KiB at 208 keys
-constexpr float FELT = 0x1p-20f;  // a smaller share of eps in a row's sum is not felt in its gradient
+constexpr float FELT = 0x1p-24f;  // a smaller share of eps in a row's sum is not felt in its gradient
 
 using Params = PolicyAttentionParams;
 
@@ -132,29 +132,22 @@ void forward(const Params &p, const Head &h, int b, int head) {
   }
 }
 
-// The gradient of a row's maximum, all of which goes to one key's score; in *top that key, -1 where it is below rounding. Of order one
-// where dropped keys alone are near the maximum. policy is 1 at the token itself.
-float differentiate_peak(const Params &p, const Head &h, const float *scores, const float *da, float m, float z, int *top) {
-  const float inverse = 1 / (z + p.eps);
-  *top = -1;
-  if (!(p.eps * inverse > FELT)) return 0;
-  *top = 0;
-  float all = 0;
-  Vec weighted = {};
-  for (int j = 0; j < p.N; j++) {
-    if (scores[j] > scores[*top]) *top = j;
-    all += da[j];
-  }
-  for (int j = 0; j < h.n; j += LANES) weighted += load(da + j) * exponential(load(scores + j) - m) * load(h.policy + j);
-  return p.eps * inverse * inverse * (z * all / p.N - sum(weighted));
+int highest(const float *x, int n) {  // not std's, of which the linker would keep one width for all
+  int top = 0;
+  for (int i = 1; i < n; i++)
+    if (x[i] > x[top]) top = i;
+  return top;
 }
 
 // A row of scores becomes the weights a, and da the gradient of the scores; h.dpolicy gathers. policy is 1 at the token itself.
 // delta, the sum of a * da, is that of dout * out too: where out was rounded the sum of the weights is more exact, and out has what `v`
-// is cleaned of (eps = 0, a dropped token's own value).
+// is cleaned of (eps = 0, a dropped token's own value). The row's maximum has a gradient too, of order one where dropped keys alone are
+// near it, all of which goes to the highest score.
 void differentiate(const Params &p, const Head &h, float *scores, float *da, float m, float z, const float *dout_out) {
   const float inverse = 1 / (z + p.eps), floor = p.eps / p.N;
-  Vec all = {};
+  int top = -1;
+  if (p.eps * inverse > FELT) top = highest(scores, p.N);
+  Vec all = {}, plain = {};
   for (int j = 0; j < h.n; j += LANES) {
     const Vec policy = load(h.policy + j);
     Vec x = load(scores + j) - m;
@@ -162,9 +155,11 @@ void differentiate(const Params &p, const Head &h, float *scores, float *da, flo
     Vec e = exponential(x);
     if (p.eps == 0) e = pick((policy > 0) | (e == e), e, splat(0));
     all += (e * policy + floor) * load(da + j);
+    plain += load(da + j);
     store(scores + j, e);
   }
-  const float delta = dout_out ? *dout_out : sum(all) * inverse;
+  const float weighted = sum(all), mean = sum(plain) / p.N;
+  const float delta = dout_out ? *dout_out : weighted * inverse;
   for (int j = 0; j < h.n; j += LANES) {
     const Vec e = load(scores + j), w = e * load(h.policy + j), de = (load(da + j) - delta) * inverse;
     store(scores + j, (w + floor) * inverse);
@@ -172,6 +167,7 @@ void differentiate(const Params &p, const Head &h, float *scores, float *da, flo
     store(h.dpolicy + j, load(h.dpolicy + j) + de * e);
   }
   for (int j = p.N; j < h.n; j++) scores[j] = 0;
+  if (top >= 0) da[top] += p.eps * inverse * inverse * ((z + p.eps) * mean - weighted);
 }
 
 bool is_zero(const float *x, int size) {
@@ -213,10 +209,7 @@ void backward(const Params &p, const Head &h, int b, int head) {
       h.policy[token] = 1;
       float dout_out = 0;
       if (p.eps == 0 && !(kept > 0)) read(out, token, 1, h.d, h.acc), dout_out = dot(h.up + i * h.d, h.acc, h.d);
-      int top;
-      const float dm = differentiate_peak(p, h, h.scores + i * h.n, h.grad + i * h.n, p.m[bhn + token], p.z[bhn + token], &top);
       differentiate(p, h, h.scores + i * h.n, h.grad + i * h.n, p.m[bhn + token], p.z[bhn + token], finite(dout_out) ? nullptr : &dout_out);
-      if (top >= 0) h.grad[i * h.n + top] += dm;
       h.policy[token] = kept, h.dpolicy[token] = gathered;  // a token counts itself whatever its policy
     }
     product(p.N, h.d, rows, h.scores, 1, h.n, h.up, h.d, h.dv, h.d, true);

@@ -1,6 +1,8 @@
 #include "select_tokens.h"
 
+#ifdef _OPENMP
 #include <omp.h>
+#endif
 
 #include <algorithm>
 #include <cstring>
@@ -50,11 +52,16 @@ void select_tokens_cpu(const SelectTokensParams &p, int threads) {
     std::vector<Key> keys(2ull * workers * p.N);  // here: an exception must not leave the parallel region
 #pragma omp parallel num_threads(workers)
     {
-      Key *own = keys.data() + 2ull * omp_get_thread_num() * p.N;
+#ifdef _OPENMP
+      const int thread = omp_get_thread_num();
+#else
+      const int thread = 0;
+#endif
+      Key *own = keys.data() + 2ull * thread * p.N;
 #pragma omp for schedule(static)
       for (int b = 0; b < p.B; b++) select(p, b, own, own + p.N);
     }
   }
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (long long i = 0; i < rows; i++) copy_row(p, i / (p.P + p.K), static_cast<int>(i % (p.P + p.K)));
+  for (long long i = 0; i < (p.units ? rows : 0); i++) copy_row(p, i / (p.P + p.K), static_cast<int>(i % (p.P + p.K)));
 }

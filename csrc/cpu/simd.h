@@ -17,6 +17,7 @@ namespace WIDTH_NAMESPACE {
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int IntVec __attribute__((vector_size(LANES * 4)));
+typedef unsigned UintVec __attribute__((vector_size(LANES * 4)));
 typedef float LooseVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
 constexpr float INFINITE = __builtin_inff();
@@ -58,7 +59,7 @@ static inline Vec exponential(Vec x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
-  const IntVec power = ((IntVec)shifted << 23) + 0x3f800000;
+  const UintVec power = ((UintVec)shifted << 23) + 0x3f800000u;  // unsigned: what is far below -87 wraps, and is not picked
   return pick(x < -87.0f, splat(0), p * (Vec)power);
 }
 

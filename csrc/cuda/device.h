@@ -134,15 +134,6 @@ __device__ inline void store_pair(T *to, float first, float second) {
     *(unsigned *)to = pack<T>(first, second);
 }
 
-__device__ inline float warp_sum(float x) {
-  for (int lane = 16; lane > 0; lane /= 2) x += __shfl_xor_sync(0xffffffffu, x, lane);
-  return x;
-}
-__device__ inline float warp_max(float x) {
-  for (int lane = 16; lane > 0; lane /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, lane));
-  return x;
-}
-
 // A warp's product: c [16 * HIGH, 8 * WIDE] += a [16 * HIGH, depth] b, everything but c in shared memory; depth a multiple of 16, of 4
 // without tensor cores. Thread (g, t) = (lane / 4, lane % 4) holds of each c[h][i] elements (g, 2t), (g, 2t + 1), (g + 8, 2t) and
 // (g + 8, 2t + 1). Rows of a, and of b as it lies in memory, are a_row and b_row elements apart, aligned to 16 bytes; no banks collide

@@ -1,5 +1,6 @@
 """The compiled backends: the C++ extension `_native`, and CUDA kernels from shipped cubins or NVRTC."""
 import functools
+import importlib
 import os
 from pathlib import Path
 
@@ -8,13 +9,13 @@ import torch
 from .. import nvrtc
 
 try:
-    from .. import _native
+    _native, _missing = importlib.import_module(f"{__package__.rpartition('.')[0]}._native"), None
 except ImportError as error:  # installed without a C++ compiler, or on a system the extension is not built for
     _native, _missing = None, f"the C++ extension is not installed ({error}): reinstall where a C++ compiler is found"
-else:
-    _missing = None
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # ScoreType in csrc/params.h
+
+FORWARD_ONLY = "forward only: it serves inside of torch.no_grad()"
 
 KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}  # in the names of CUDA kernels
 
@@ -114,6 +115,14 @@ def kernel(op: str, name: str, index: int):
 def processors(index: int) -> int:
     """Multiprocessors of CUDA device `index`."""
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def require(op: str, condition: bool, *tensors: torch.Tensor | None) -> None:
+    """Raises RuntimeError unless the condition holds: kernels know only addresses, and a traced graph brings tensors of other kinds and
+    sizes than what it was traced with to the backend that was chosen then."""
+    if not condition:
+        given = ", ".join("none" if t is None else f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+        raise RuntimeError(f"{op}: the kernel that was chosen does not take tensors like these: {given}")
 
 
 def launch(op: str, name: str, grid: tuple[int, int], threads: int, params, device: torch.device) -> None:

@@ -14,16 +14,21 @@ def gradients_like(q: Tensor) -> Tensor:
     return torch.empty(B, N, 3, H, D, dtype=q.dtype, device=q.device)
 
 
+def outputs(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the output, for the row maxima and for the sums."""
+    B, H, N, D = q.shape
+    out = torch.empty_strided((B, H, N, D), (N * H * D, D, H * D, 1), dtype=q.dtype, device=q.device)
+    return out, *(torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
+
+
 def refuses_cpp(device: torch.device, dtype: torch.dtype, **_) -> str | None:
     """Why `cpp` cannot serve, or None. dtype: of q, k and v."""
     return native.reason_cpp(device) or (None if dtype in (torch.float32, torch.bfloat16) else f"no kernel for {dtype}")
 
 
 def cpp(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, H, N, D], a transposed [B, N, H, D]; row maxima and sums [B, H, N], float32."""
-    B, H, N, D = q.shape
-    out = torch.empty(B, N, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
-    m, z = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
+    """Output [B, H, N, D], laid out as [B, N, H, D]; row maxima and sums [B, H, N], float32."""
+    out, m, z = outputs(q)
     _run(scale, eps, (q, k, v, policy, out, m, z))
     return out, m, z
 
@@ -39,14 +44,16 @@ def backward_cpp(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, 
 
 def _run(scale: float, eps: float, forward: tuple[Tensor, ...], dout: Tensor | None = None, *gradients: Tensor) -> None:
     q, k, v, policy, *rest = forward
+    native.require(OP, q.dtype in (torch.float32, torch.bfloat16), q)
     policy = policy.float().contiguous()  # named: it must outlive the call
     _native.policy_attention_cpu(_params(scale, eps, (q, k, v, policy, *rest), dout, *gradients), torch.get_num_threads())
 
 
 def _params(scale: float, eps: float, forward: tuple[Tensor, ...], dout: Tensor | None, *rest: Tensor):
     """The struct of both; rest: gradients and what else it ends with."""
-    q, k, v, _, out, *_ = forward
+    q, k, v, policy, out, *_ = forward
     strided = (q, k, v, out, out if dout is None else dout)
+    native.require(OP, all(t.dtype == q.dtype and t.shape == q.shape for t in strided) and policy.shape == q.shape[::2], *strided, policy)
     addresses = [0 if t is None else t.data_ptr() for t in (*forward, dout, *rest, *(None,) * (5 - len(rest)))]
     return _native.PolicyAttentionParams(tuple(addresses), tuple(q.shape), tuple(s for t in strided for s in t.stride()), scale, eps,
                                          q.dtype == torch.bfloat16)
@@ -62,10 +69,8 @@ def refuses_cuda(device: torch.device, dtype: torch.dtype, *, fits: bool = True,
 
 
 def cuda(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Output [B, H, N, D], a transposed [B, N, H, D]; row maxima (in units of log 2) and sums [B, H, N], float32. In one launch."""
-    B, H, N, D = q.shape
-    out = torch.empty(B, N, H, D, dtype=q.dtype, device=q.device).transpose(1, 2)
-    m, z = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
+    """Output [B, H, N, D], laid out as [B, N, H, D]; row maxima (in units of log 2) and sums [B, H, N], float32. In one launch."""
+    out, m, z = outputs(q)
     q, k, v, policy = _aligned(q), _aligned(k), _aligned(v), policy.float().contiguous()
     _launch(OP, "forward", 1, _params(scale, eps, (q, k, v, policy, out, m, z), None), q)
     return out, m, z

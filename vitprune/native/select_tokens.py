@@ -48,6 +48,7 @@ def cuda(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor
 def _prepare(x: Tensor, scores: Tensor, k: int, prefix: int, rows: int = 0):
     """Outputs and kernel parameters; None for parameters where there is nothing to write."""
     B, N, C = x.shape
+    native.require(OP, scores.shape == (B, N - prefix) and 0 <= k <= N - prefix and scores.dtype in TYPES, x, scores)
     tokens = torch.empty(B, prefix + k, C, dtype=x.dtype, device=x.device)
     ids = torch.empty(B, k, dtype=torch.int64, device=x.device)
     if B == 0 or prefix + k == 0:

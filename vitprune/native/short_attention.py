@@ -12,7 +12,7 @@ def refuses_cpp(device: torch.device, dtype: torch.dtype, *, grad: bool = False,
         return reason
     if dtype not in (torch.float32, torch.bfloat16):
         return f"no kernel for {dtype}"
-    return "forward only" if grad else None
+    return native.FORWARD_ONLY if grad else None
 
 
 def yields_cpp(device: torch.device, dtype: torch.dtype, *, packed: bool = False, small: bool = False, **_) -> bool:
@@ -36,15 +36,18 @@ def lengths(ends: list[int], rows: int, max_seqlen: int) -> list[int]:
     return counts
 
 
-def _output(qkv: Tensor, num_heads: int) -> tuple[Tensor, int, int]:
+def _output(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None) -> tuple[Tensor, int, int]:
     """An empty output, its rows, and the width of a head."""
+    fits = qkv.shape[-1] % (3 * num_heads) == 0 and (cu_seqlens is None or cu_seqlens.dtype == torch.int32)
+    native.require("short_attention", fits, qkv, cu_seqlens)
     out = torch.empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=qkv.dtype, device=qkv.device)
     return out, out.shape[:-1].numel(), out.shape[-1] // num_heads
 
 
 def cpp(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
     """On the CPU, with as many threads as torch uses. Raises ValueError as `lengths` does."""
-    out, rows, D = _output(qkv, num_heads)
+    native.require("short_attention", qkv.dtype in (torch.float32, torch.bfloat16), qkv)
+    out, rows, D = _output(qkv, num_heads, cu_seqlens)
     if cu_seqlens is None:
         B, N = qkv.shape[:2]
     else:
@@ -66,13 +69,13 @@ def refuses_cuda(device: torch.device, dtype: torch.dtype, *, grad: bool = False
     if dtype not in KINDS:
         return f"no kernel for {dtype}"
     if grad:
-        return "forward only"
+        return native.FORWARD_ONLY
     return None if fits else "a head's width is not a multiple of 16 in 16..128"
 
 
 def cuda(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
     """In one launch; cu_seqlens is not read back, and bounded by the kernel to the rows of qkv."""
-    out, rows, D = _output(qkv, num_heads)
+    out, rows, D = _output(qkv, num_heads, cu_seqlens)
     B, N = qkv.shape[:2] if cu_seqlens is None else (cu_seqlens.shape[0] - 1, max_seqlen)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()

@@ -2,6 +2,8 @@
 
 Source: Rao et al., DynamicViT (2021), eq. 8-11, with the official code's eps.
 """
+import math
+
 import torch
 from torch import Tensor
 
@@ -83,7 +85,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float) -> torch
     policy.shape == expected or fail(OP, "policy", f"[B, N] = {expected}", policy.shape)
     policy.dtype.is_floating_point or fail(OP, "policy", "floating point (a boolean mask has no gradient)", policy.dtype)
     on_device(OP, "q", q.device, k=k, v=v, policy=policy)
-    (is_number(eps) and eps >= 0) or fail(OP, "eps", "a number >= 0", repr(eps))
+    (is_number(eps) and 0 <= eps < math.inf) or fail(OP, "eps", "a finite number >= 0", repr(eps))
     return q.shape
 
 
