@@ -223,6 +223,19 @@ def test_a_traced_graph_given_what_its_kernel_cannot_read(dtype):
 
 
 @CPP
+def test_gradients_in_batches():
+    torch.manual_seed(0)
+    q, policy = torch.randn(1, 2, 5, 16, requires_grad=True), torch.rand(1, 5, requires_grad=True)
+    ups = torch.randn(3, 1, 2, 5, 16)
+    with backend("cpp"):
+        out = policy_attention(q, q, q, policy)
+    each = [torch.autograd.grad(out, (q, policy), up, retain_graph=True) for up in ups]
+    together = torch.autograd.grad(out, (q, policy), ups, is_grads_batched=True)
+    for got, expected in zip(together, zip(*each)):
+        torch.testing.assert_close(got, torch.stack(expected))
+
+
+@CPP
 def test_a_thousand_calls_from_thirty_two_threads():
     torch.manual_seed(0)
     q, policy, qkv = torch.randn(2, 2, 33, 16), torch.rand(2, 33), torch.randn(2, 33, 96)

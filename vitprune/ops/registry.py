@@ -201,10 +201,11 @@ def run(op: str, *args):
 
 def _watched(tensors: Sequence[Tensor]) -> bool:
     """Whether anyone needs to see the operator: a compiler, a tracer, a mode, a transform, a profiler, a kind of tensor of their own,
-    a view whose sign is only noted."""
+    a view whose sign is only noted, gradients in batches."""
     return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled()
             or any(type(t) is not Tensor and type(t) is not torch.nn.Parameter or t.device.type not in KEYS or t.is_neg()
+                   or torch._C._functorch.is_legacy_batchedtensor(t)
                    for t in tensors))
 
 
