@@ -4,12 +4,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from kernel_checks import CPP, CUDA, INTERPRETED, explore
-from oracles import attention, check_operator, within_twice
-from short_attention_cases import cases, describe, run, tensors_of
+from kernel_checks import CPP, CUDA, INTERPRETED
+from oracles import attention, check_operator
 
 from vitprune import ops
-from vitprune.native import short_attention as native
 from vitprune.ops import dispatch, registry
 from vitprune.ops.registry import choose
 
@@ -90,26 +88,6 @@ def test_compiled_with_other_lengths(name, dynamic):
                 rows, num_heads=2, cu_seqlens=cu_seqlens, max_seqlen=2 + N))
 
 
-def cpp(tensors, case):
-    qkv, _, cu_seqlens, most = tensors
-    return native.cpp(qkv, case["H"], cu_seqlens, most or 0, case["scale"] or case["D"] ** -0.5)
-
-
-def check_cpp(case):
-    case["dtype"] = torch.float32 if case["dtype"] == torch.float16 else case["dtype"]
-    tensors = tensors_of(case, "cpu")
-    truth = run("reference", tensors, case, torch.Tensor.double)[0]
-    got, plain = cpp(tensors, case), run("reference", tensors, case)[0]
-    assert got.dtype == plain.dtype and got.shape == plain.shape
-    within_twice(got, plain, truth)
-
-
-@CPP
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
-def test_cpp(count):
-    explore(check_cpp, cases(False), cases(True), count, describe)
-
-
 @pytest.mark.parametrize("name, device", [pytest.param("cpp", "cpu", marks=CPP), *CUDA])
 @pytest.mark.parametrize("shape, strides", [((4, 1, 96), (96, 384, 1)), ((1, 4, 96), (7, 288, 1))])
 def test_strides_of_a_single_row_mean_nothing(name, device, shape, strides):
@@ -118,22 +96,6 @@ def test_strides_of_a_single_row_mean_nothing(name, device, shape, strides):
         expected = ops.short_attention(qkv, num_heads=2)
     with torch.no_grad(), ops.backend(name):
         torch.testing.assert_close(ops.short_attention(qkv, num_heads=2), expected)
-
-
-@CPP
-def test_cpp_edges():
-    torch.manual_seed(0)
-    for B, N, H, D in [(0, 5, 2, 16), (2, 0, 2, 16), (1, 1, 1, 1), (257, 1, 1, 8), (1, 47, 3, 20), (1, 48, 1, 64), (1, 49, 2, 33),
-                       (1, 577, 1, 64), (1, 1025, 1, 16)]:
-        qkv = torch.randn(B, N, 3 * H * D)
-        with ops.backend("cpp"), torch.no_grad():
-            got = ops.short_attention(qkv, num_heads=H)
-        with ops.backend("reference"):
-            torch.testing.assert_close(got.double(), ops.short_attention(qkv.double(), num_heads=H), rtol=1e-5, atol=1e-6)
-    bad = torch.randn(3, 20, 96)
-    bad[1, 7] = torch.nan
-    out = native.cpp(bad, 2, None, 0, 0.25)
-    assert out[[0, 2]].isfinite().all() and out[1].isnan().any()
 
 
 @pytest.mark.parametrize("ends, most", [([0, 5, 3], 9), ([0, 11], 11), ([-1, 4], 9), ([0, 4, 8], 3), ([1, 4], 9)])

@@ -1,9 +1,9 @@
-"""short_attention in Triton and CUDA C++."""
+"""short_attention in Triton, CUDA C++ and C++."""
 from unittest import mock
 
 import pytest
 import torch
-from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, record
+from kernel_checks import ARCHS, CPP, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, record
 from oracles import within_twice, within_twice_unless_lucky
 from short_attention_cases import DTYPES, cases, describe, run, tensors_of
 
@@ -11,6 +11,8 @@ from vitprune import ops
 from vitprune.native import short_attention as native
 
 pytestmark = pytest.mark.usefixtures("poison")
+LONG = pytest.mark.long
+FORWARD_ONLY = [pytest.param("cpp", "cpu", marks=CPP), *CUDA]
 
 FORWARD = [(16, 1, 64), (64, 1, 0), (16, 3, 0), (32, 2, 32), (64, 2, 64)]  # queries, spans, keys
 # queries, keys, k_queries, k_keys; of products smaller than these numpy sums q k and k q in different orders, which no card does.
@@ -49,48 +51,61 @@ def test_triton(device, count):
     assert sum(lucky) <= len(lucky) // 100
 
 
-def native_cuda(tensors, case):
+def forward(name, tensors, case):
+    """The output alone, of a backend that has no gradient."""
     qkv, _, cu_seqlens, most = tensors
-    with torch.no_grad(), ops.backend("cuda"):
+    with torch.no_grad(), ops.backend(name):
         return ops.short_attention(qkv, num_heads=case["H"], cu_seqlens=cu_seqlens, max_seqlen=most, scale=case["scale"])
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name, device", CUDA)
-def test_cuda(name, device, count):
+@pytest.mark.parametrize("name, device, count", [
+    pytest.param(*given.values, count, marks=[*given.marks, *([LONG] if count >= 1000 else [])])
+    for given in FORWARD_ONLY for count in ((200, 10_000) if given.values[0] == "cpp" else (60, 1000))])
+def test_forward(name, device, count):
     def check(case):
+        if name == "cpp" and case["dtype"] == torch.float16:
+            case["dtype"] = torch.float32
         tensors = tensors_of(case, device)
         truth = run("reference", tensors, case, torch.Tensor.double)[0]
-        got, plain = native_cuda(tensors, case), run("reference", tensors, case)[0]
+        got, plain = forward(name, tensors, case), run("reference", tensors, case)[0]
         assert got.dtype == plain.dtype and got.shape == plain.shape
         within_twice(got, plain, truth)
     explore(check, cases(False), cases(True), count, describe)
 
 
-@pytest.mark.parametrize("name, device", CUDA)
-def test_cuda_edges(name, device):
+@pytest.mark.parametrize("name, device", FORWARD_ONLY)
+def test_forward_edges(name, device):
     torch.manual_seed(0)
-    for B, N, H, D in [(0, 5, 2, 16), (2, 0, 2, 16), (1, 1, 1, 16), (33, 1, 1, 16), (2, 15, 1, 16), (1, 16, 2, 48), (1, 17, 1, 32),
-                       (1, 63, 1, 80), (1, 64, 1, 64), (1, 65, 1, 128), (1, 257, 1, 16)]:
-        for dtype in (torch.float32, torch.float16):
+    sizes = [(0, 5, 2, 16), (2, 0, 2, 16), (1, 1, 1, 16), (33, 1, 1, 16), (2, 15, 1, 16), (1, 16, 2, 48), (1, 17, 1, 32), (1, 63, 1, 80),
+             (1, 64, 1, 64), (1, 65, 1, 128), (1, 257, 1, 16)]
+    if name == "cpp":  # any width; and emulation takes minutes for lengths like these
+        sizes += [(1, 1, 1, 1), (257, 1, 1, 8), (1, 47, 3, 20), (1, 48, 1, 64), (1, 49, 2, 33), (1, 577, 1, 64), (1, 1025, 1, 16)]
+    narrow = (torch.bfloat16, 3e-2, 2e-2) if name == "cpp" else (torch.float16, 4e-3, 2e-3)
+    for B, N, H, D in sizes:
+        for dtype, rtol, atol in ((torch.float32, 1e-4, 1e-5), narrow):
             qkv = torch.randn(B, N, 3 * H * D, device=device).to(dtype)
             case = {"H": H, "D": D, "scale": None}
-            torch.testing.assert_close(native_cuda((qkv, None, None, None), case).double(),
+            torch.testing.assert_close(forward(name, (qkv, None, None, None), case).double(),
                                        run("reference", (qkv, qkv[..., :H * D], None, None), case, torch.Tensor.double)[0],
-                                       rtol=1e-4 if dtype == torch.float32 else 4e-3, atol=1e-5 if dtype == torch.float32 else 2e-3)
-    bad = torch.randn(3, 20, 96, device=device)
+                                       rtol=rtol, atol=atol)
+    bad, case = torch.randn(3, 20, 96, device=device), {"H": 2, "scale": None}
     bad[1, 7] = torch.nan
-    out = native_cuda((bad, None, None, None), {"H": 2, "scale": None})
+    out = forward(name, (bad, None, None, None), case)
     assert out[[0, 2]].isfinite().all() and out[1].isnan().all()
-    for ends in ([0, 20, 99, 60], [-5, 20, 40, 60], [0, 61, 62, 63], [40, 20, 0, 7]):  # rows that are not there are not read or written
-        native.cuda(bad.flatten(0, 1), 2, torch.tensor(ends, dtype=torch.int32, device=device), 20, 0.25)
     ends = torch.tensor([0, 20, 20, 35, 40], dtype=torch.int32, device=device)
-    rows = native_cuda((bad.flatten(0, 1), None, ends, 20), {"H": 2, "scale": None})
+    rows = forward(name, (bad.flatten(0, 1), None, ends, 20), case)
     assert torch.equal(rows[:20], out[0]) and rows[20:35].isnan().all() and rows[35:40].isfinite().all() and not rows[40:].any()
-    with ops.backend("cuda"), pytest.raises(RuntimeError, match="forward only"):
+    with ops.backend(name), pytest.raises(RuntimeError, match="forward only"):
         ops.short_attention(bad.requires_grad_(), num_heads=2)
+
+
+@pytest.mark.parametrize("name, device", CUDA)
+def test_cuda_reads_no_rows_that_are_not_there(name, device):
+    rows = torch.randn(60, 96, device=device)
+    for ends in ([0, 20, 99, 60], [-5, 20, 40, 60], [0, 61, 62, 63], [40, 20, 0, 7]):
+        native.cuda(rows, 2, torch.tensor(ends, dtype=torch.int32, device=device), 20, 0.25)
     with ops.backend("cuda"), torch.no_grad(), pytest.raises(RuntimeError, match="not a multiple of 16"):
-        ops.short_attention(bad, num_heads=4)
+        ops.short_attention(rows[None], num_heads=4)
 
 
 def randoms(B, N, H, D, device, dtype=torch.float32):
@@ -189,9 +204,6 @@ def test_triton_candidates():
                 found = module.candidates(dtype, arch, B=8, H=6, N=197, D=64)
                 assert found[0] == module.default(dtype, arch, B=8, H=6, N=197, D=64)
                 assert 1 < len(found) <= 12 and len({str(c) for c in found}) == len(found)
-
-
-LONG = pytest.mark.long
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the compiler is off under the interpreter")
