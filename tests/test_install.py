@@ -148,7 +148,7 @@ print("nvrtc", nvrtc.version(), "torch", torch.__version__, "timm", timm.__versi
 @pytest.mark.long
 @pytest.mark.parametrize("version, packages", [("3.10", ["torch==2.10.*", "timm==1.0.26"]), ("3.13", [])], ids=["floors", "newest"])
 def test_versions(tmp_path, version, packages):
-    """Whole installations, with another CUDA than nvcc's in torch 2.10; NVRTC compiles where cubins and nvcc are hidden."""
+    """Whole installations, with another CUDA than nvcc's in torch 2.10; NVRTC compiles with nvcc hidden."""
     run(interpreter(version), "-m", "venv", tmp_path / "env").check_returncode()
     python = tmp_path / "env/bin/python"
     done = run(python, "-m", "pip", "install", ROOT, *packages, VITPRUNE_REQUIRE_NATIVE="cpu", **ONE_ARCH)
