@@ -1,4 +1,5 @@
-// One plain struct per operator, shared by device and host: pointers (shape in a trailing comment), sizes, strides (in bytes, unless it says elements).
+// One plain struct per operator, shared by device and host: pointers (shape in a trailing comment), sizes, strides (in bytes, unless it
+// says elements).
 // No standard header: NVRTC has none.
 #pragma once
 

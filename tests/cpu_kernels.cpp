@@ -43,7 +43,7 @@ const Width WIDTHS[] = {
 
 struct Kind {  // of a case of policy_attention
   float eps;
-  bool bfloat16, fused;  // fused: q, k and v read from one buffer [B, N, 3, H, D], the output written as [B, N, H, D]
+  bool bfloat16, fused;  // fused: q, k and v read from one buffer [B, N, 3, H, D], the output written as [B, N, H, D]; else [B, H, N, D]
   int reach;             // more than 1: whole numbers whose scores lie that far apart, so that nothing rounds
 };
 
@@ -141,9 +141,9 @@ void policy(const Width &width, int B, int H, int N, int D, const Kind &kind) {
   auto up = random_floats(all, narrow), p = random_floats(B * N);
   for (int i = 0; i < B * N; i++) p[i] = p[i] > 0 ? 1 : i % 3 ? 0 : 0.5f;
   std::unique_ptr<float[]> m(new float[rows]), z(new float[rows]), dp(new float[rows]);
-  const auto qkv = heads(3, B, H, N, D, kind), ends = heads(2, B, H, N, D, kind);
+  const auto qkv = heads(3, B, H, N, D, kind);
   const Heads in[] = {holding(qkv[0], q.get(), B, H, N, D), holding(qkv[1], k.get(), B, H, N, D), holding(qkv[2], v.get(), B, H, N, D)};
-  const Heads out = ends[0], dout = holding(ends[1], up.get(), B, H, N, D);
+  const Heads out = heads(1, B, H, N, D, kind)[0], dout = holding(heads(1, B, H, N, D, kind)[0], up.get(), B, H, N, D);
   const auto grads = heads(3, B, H, N, D, {0, narrow, true, 1});
   PolicyAttentionParams a{};
   a.q = in[0].data, a.k = in[1].data, a.v = in[2].data, a.policy = p.get(), a.out = out.data, a.m = m.get(), a.z = z.get();

@@ -15,7 +15,7 @@ from kernel_checks import CPP
 from vitprune import native, nvrtc
 from vitprune.doctor import report, text
 from vitprune.native import select_tokens as native_select_tokens
-from vitprune.ops import backend, policy_attention, registry, select_tokens, short_attention
+from vitprune.ops import backend, policy_attention, registry, select_tokens, short_attention, split_qkv
 
 CUDA = torch.device("cuda", 0)
 
@@ -216,7 +216,7 @@ def test_a_traced_graph_given_what_its_kernel_cannot_read(dtype):
         with torch.no_grad(), pytest.raises(RuntimeError, match="the kernel that was chosen does not take tensors like these"):
             graph(*other)
     half = q.to(torch.bfloat16)
-    with pytest.raises(RuntimeError, match=r"policy_attention.*\[1, 2, 9, 16\] float32, \[1, 2, 9, 16\] bfloat16"):
+    with pytest.raises(RuntimeError, match=r"policy_attention.*\[1, 2, 9, 16\] float32 on cpu, \[1, 2, 9, 16\] bfloat16"):
         torch.ops.vitprune.policy_attention(q, half, q, policy, 1.0, 0.0, "cpp")
     with pytest.raises(RuntimeError, match="short_attention.*int64"):
         torch.ops.vitprune.short_attention(qkv[0], 2, torch.tensor([0, 9]), 9, 1.0, "cpp")
@@ -233,6 +233,11 @@ def test_gradients_in_batches():
     together = torch.autograd.grad(out, (q, policy), ups, is_grads_batched=True)
     for got, expected in zip(together, zip(*each)):
         torch.testing.assert_close(got, torch.stack(expected))
+    qkv = torch.randn(1, 5, 96, requires_grad=True)
+    with backend("cpp"):
+        out = policy_attention(*split_qkv(qkv, 2), policy)
+    each = [torch.autograd.grad(out, qkv, up, retain_graph=True)[0] for up in ups]
+    torch.testing.assert_close(torch.autograd.grad(out, qkv, ups, is_grads_batched=True)[0], torch.stack(each))
 
 
 @CPP

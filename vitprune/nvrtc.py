@@ -81,7 +81,7 @@ def compiled(op: str, arch: str) -> bytes:
         image, seal = (content := path.read_bytes())[:-SEAL], content[-SEAL:]
         if image and seal == hashlib.sha256(image).digest():  # else a disk or a crash damaged it: compile anew
             return image
-    print(f"vitprune: compiling {op} for {arch}, which takes up to a quarter of a minute, once", file=sys.stderr, flush=True)
+    print(f"vitprune: compiling {op} for {arch}, which takes up to a quarter of a minute", file=sys.stderr, flush=True)
     image, _ = build(op, source, headers, arch)
     with contextlib.suppress(OSError):  # a folder that cannot be written costs a compilation per process
         write(path, image + hashlib.sha256(image).digest())

@@ -188,6 +188,20 @@ class Run:
                 if self.device.type != "cuda":
                     value /= world()[1]
 
+    def _warn_of_sure_stages(self, record: dict) -> None:
+        """Of those that keep all or none of what they are given, far from their target."""
+        progress = (record["step"] - 1) / (self.config.epochs * self.steps) if self.config.ramp_tokens else 1.0  # of the last step
+        given = 1.0
+        for stage, target in enumerate(_ratios(self.model, progress)):
+            kept = record.get(f"keep_{stage}")  # a run that goes on from a checkpoint without
+            if kept is None or given == 0:
+                return
+            share, given = kept / given, kept
+            if (share > 1 - 1e-3 and kept > target + 0.1) or (share < 1e-3 and kept < target - 0.1):
+                warnings.warn(f"train: in epoch {record['epoch']} stage {stage} kept {kept:.4f} of the patches, its target is "
+                              f"{target:.4f}: its decisions have become too sure to have a gradient; a lower lr or a longer warm-up "
+                              "avoids that", stacklevel=3)
+
     def end_epoch(self, epoch: int, held_out) -> dict:
         """The record of an epoch: its means, and the accuracies where it is time to evaluate. keep_S: of the original patches, what stage
         S kept in training; a warning where it is all or none against its target, since sure decisions have no gradient."""
@@ -195,11 +209,8 @@ class Run:
         means = {name: total / self.steps for name, total in self.totals.items()}
         lr = next((g["lr"] / g["lr_scale"] for g in self.optimizer.param_groups if g["lr_scale"]), 0.0)  # what config.lr has become
         record = {"epoch": epoch, "step": (epoch + 1) * self.steps, "lr": lr, **{name: value.item() for name, value in means.items()}}
-        for stage, target in enumerate(self.criterion.keep_ratios):
-            kept = record[f"keep_{stage}"]
-            if abs(kept - target) > 0.1 and not 1e-3 < kept < 1 - 1e-3:
-                warnings.warn(f"train: in epoch {epoch} stage {stage} kept {kept:.4f} of the patches, its target is {target:.4f}: its "
-                              "decisions have become too sure to have a gradient; a lower lr or a longer warm-up avoids that", stacklevel=2)
+        if self.config.ratio_weight and world()[0] == 0:
+            self._warn_of_sure_stages(record)
         if self.corrupt:
             record["unreadable"] = len(self.corrupt)
         last = epoch == self.config.epochs - 1

@@ -147,19 +147,19 @@ void differentiate(const Params &p, const Head &h, float *scores, float *da, flo
   const float inverse = 1 / (z + p.eps), floor = p.eps / p.N;
   int top = -1;
   if (p.eps * inverse > FELT) top = highest(scores, p.N);
-  Vec all = {}, plain = {};
+  Vec seen = {}, plain = {};
   for (int j = 0; j < h.n; j += LANES) {
     const Vec policy = load(h.policy + j);
     Vec x = load(scores + j) - m;
     if (p.eps == 0) x = pick(x > 80.0f, splat(80), x);  // a dropped key above every kept one: its policy's gradient stays finite
     Vec e = exponential(x);
     if (p.eps == 0) e = pick((policy > 0) | (e == e), e, splat(0));
-    all += (e * policy + floor) * load(da + j);
+    seen += e * policy * load(da + j);
     plain += load(da + j);
     store(scores + j, e);
   }
-  const float weighted = sum(all), mean = sum(plain) / p.N;
-  const float delta = dout_out ? *dout_out : weighted * inverse;
+  const float weighted = sum(seen), mean = sum(plain) / p.N;
+  const float delta = dout_out ? *dout_out : (weighted + p.eps * mean) * inverse;
   for (int j = 0; j < h.n; j += LANES) {
     const Vec e = load(scores + j), w = e * load(h.policy + j), de = (load(da + j) - delta) * inverse;
     store(scores + j, (w + floor) * inverse);
@@ -167,7 +167,7 @@ void differentiate(const Params &p, const Head &h, float *scores, float *da, flo
     store(h.dpolicy + j, load(h.dpolicy + j) + de * e);
   }
   for (int j = p.N; j < h.n; j++) scores[j] = 0;
-  if (top >= 0) da[top] += p.eps * inverse * inverse * ((z + p.eps) * mean - weighted);
+  if (top >= 0) da[top] += p.eps * inverse * inverse * (z * mean - weighted);
 }
 
 bool is_zero(const float *x, int size) {

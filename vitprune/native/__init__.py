@@ -118,10 +118,10 @@ def processors(index: int) -> int:
 
 
 def require(op: str, condition: bool, *tensors: torch.Tensor | None) -> None:
-    """Raises RuntimeError unless the condition holds: kernels know only addresses, and a traced graph brings tensors of other kinds and
-    sizes than what it was traced with to the backend that was chosen then."""
+    """Raises RuntimeError unless the condition holds: kernels know only addresses, and a traced graph brings tensors of other kinds, sizes
+    and devices than what it was traced with to the backend that was chosen then."""
     if not condition:
-        given = ", ".join("none" if t is None else f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
+        given = ", ".join("none" if t is None else f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}" for t in tensors)
         raise RuntimeError(f"{op}: the kernel that was chosen does not take tensors like these: {given}")
 
 

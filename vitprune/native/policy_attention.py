@@ -44,7 +44,7 @@ def backward_cpp(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, 
 
 def _run(scale: float, eps: float, forward: tuple[Tensor, ...], dout: Tensor | None = None, *gradients: Tensor) -> None:
     q, k, v, policy, *rest = forward
-    native.require(OP, q.dtype in (torch.float32, torch.bfloat16), q)
+    native.require(OP, q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16), q)
     policy = policy.float().contiguous()  # named: it must outlive the call
     _native.policy_attention_cpu(_params(scale, eps, (q, k, v, policy, *rest), dout, *gradients), torch.get_num_threads())
 
@@ -53,7 +53,8 @@ def _params(scale: float, eps: float, forward: tuple[Tensor, ...], dout: Tensor 
     """The struct of both; rest: gradients and what else it ends with."""
     q, k, v, policy, out, *_ = forward
     strided = (q, k, v, out, out if dout is None else dout)
-    native.require(OP, all(t.dtype == q.dtype and t.shape == q.shape for t in strided) and policy.shape == q.shape[::2], *strided, policy)
+    alike = all((t.dtype, t.shape, t.device) == (q.dtype, q.shape, q.device) for t in strided)
+    native.require(OP, alike and policy.shape == (q.shape[0], q.shape[2]) and policy.device == q.device, *strided, policy)
     addresses = [0 if t is None else t.data_ptr() for t in (*forward, dout, *rest, *(None,) * (5 - len(rest)))]
     return _native.PolicyAttentionParams(tuple(addresses), tuple(q.shape), tuple(s for t in strided for s in t.stride()), scale, eps,
                                          q.dtype == torch.bfloat16)
@@ -93,6 +94,7 @@ def backward_cuda(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor,
 def _launch(source: str, which: str, own: int, params, q: Tensor) -> None:
     """own: tensors of which a thread block owns rows, as in csrc/cuda/policy_attention.h."""
     B, H, N, D = q.shape
+    native.require(OP, q.dtype in KINDS and D % 16 == 0 and D <= 128, q)
     width = next(w for w in (32, 64, 128) if D <= w)
     warps = 2 // own if width * q.element_size() > 256 else 4
     native.launch(source, f"{OP}_{which}_{KINDS[q.dtype]}_{width}", (B * H * -(-N // (16 * warps)), 1), 32 * warps, params, q.device)

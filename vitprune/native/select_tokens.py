@@ -26,6 +26,7 @@ def _refuses_scores(dtype: torch.dtype) -> str | None:
 
 def cpp(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor]:
     """On the CPU, with as many threads as torch uses."""
+    native.require(OP, x.device.type == "cpu", x)
     tokens, ids, params = _prepare(x, scores, k, prefix)
     if params is not None:
         _native.select_tokens_cpu(params, torch.get_num_threads())
@@ -48,7 +49,8 @@ def cuda(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor
 def _prepare(x: Tensor, scores: Tensor, k: int, prefix: int, rows: int = 0):
     """Outputs and kernel parameters; None for parameters where there is nothing to write."""
     B, N, C = x.shape
-    native.require(OP, scores.shape == (B, N - prefix) and 0 <= k <= N - prefix and scores.dtype in TYPES, x, scores)
+    fits = scores.shape == (B, N - prefix) and 0 <= k <= N - prefix and scores.dtype in TYPES and scores.device == x.device
+    native.require(OP, fits, x, scores)
     tokens = torch.empty(B, prefix + k, C, dtype=x.dtype, device=x.device)
     ids = torch.empty(B, k, dtype=torch.int64, device=x.device)
     if B == 0 or prefix + k == 0:

@@ -38,15 +38,15 @@ def lengths(ends: list[int], rows: int, max_seqlen: int) -> list[int]:
 
 def _output(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None) -> tuple[Tensor, int, int]:
     """An empty output, its rows, and the width of a head."""
-    fits = qkv.shape[-1] % (3 * num_heads) == 0 and (cu_seqlens is None or cu_seqlens.dtype == torch.int32)
-    native.require("short_attention", fits, qkv, cu_seqlens)
+    ends = cu_seqlens is None or (cu_seqlens.dtype == torch.int32 and cu_seqlens.device == qkv.device)
+    native.require("short_attention", ends and qkv.shape[-1] % (3 * num_heads) == 0, qkv, cu_seqlens)
     out = torch.empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=qkv.dtype, device=qkv.device)
     return out, out.shape[:-1].numel(), out.shape[-1] // num_heads
 
 
 def cpp(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
     """On the CPU, with as many threads as torch uses. Raises ValueError as `lengths` does."""
-    native.require("short_attention", qkv.dtype in (torch.float32, torch.bfloat16), qkv)
+    native.require("short_attention", qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.bfloat16), qkv)
     out, rows, D = _output(qkv, num_heads, cu_seqlens)
     if cu_seqlens is None:
         B, N = qkv.shape[:2]
@@ -76,6 +76,7 @@ def refuses_cuda(device: torch.device, dtype: torch.dtype, *, grad: bool = False
 def cuda(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
     """In one launch; cu_seqlens is not read back, and bounded by the kernel to the rows of qkv."""
     out, rows, D = _output(qkv, num_heads, cu_seqlens)
+    native.require("short_attention", qkv.dtype in KINDS and D % 16 == 0 and D <= 128, qkv)
     B, N = qkv.shape[:2] if cu_seqlens is None else (cu_seqlens.shape[0] - 1, max_seqlen)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()

@@ -50,7 +50,8 @@ class _Split(torch.autograd.Function):
             laid_out = type(g) is Tensor and g.dtype == first.dtype and g.stride() == (3 * N * C, D, 3 * C, 1)
             return (laid_out and g.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
                     and g.storage_offset() == first.storage_offset() + i * C)
-        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+                     or torch._C._functorch.is_legacy_batchedtensor(first))
         side_by_side = plain and all(follows(i, g) for i, g in enumerate(grads))
         if side_by_side:
             return first.as_strided((B, N, 3 * C), (3 * N * C, 3 * C, 1)), None

@@ -38,7 +38,7 @@ def split(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Tensor:
     x = linear(by_module(norm, patches), first.weight, first.bias, gelu=True)
     local, shared = x.chunk(2, dim=-1)
     if mask is None:
-        shared = shared.mean(1)
+        shared = shared.mean(1) if patches.shape[1] else shared.sum(1)
     else:
         weight = mask[..., None].to(x.dtype)
         shared = (shared * weight).sum(1) / weight.sum(1).clamp(min=1)
