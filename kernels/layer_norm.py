@@ -45,7 +45,7 @@ def refuses(device: torch.device, dtype: torch.dtype, *, weight: torch.dtype = t
             autocast: bool = False, **_) -> str | None:
     """Why `launch` cannot serve, or None. dtype: of x; weight: its dtype; wide: C > MAX_CHANNELS; autocast: whether it is on."""
     if grad:
-        return "forward only: it serves inside of torch.no_grad()"
+        return "forward only"
     if autocast:
         return "autocast computes LayerNorm in float32"
     for kind in (dtype, weight):

@@ -92,3 +92,12 @@ def test_json_is_one_document(tmp_path):
     code = "from vitprune import doctor; doctor.main(json=True)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(done.stdout)["machine"]["torch_version"] == torch.__version__
+
+
+def test_nvcc_is_looked_for_where_the_build_looks(monkeypatch, tmp_path):
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert doctor.report()["compilers"]["nvcc"] == str(nvcc)

@@ -80,9 +80,11 @@ def test_forward_edges(name, device):
              (1, 64, 1, 64), (1, 65, 1, 128), (1, 257, 1, 16)]
     if name == "cpp":  # any width; and emulation takes minutes for lengths like these
         sizes += [(1, 1, 1, 1), (257, 1, 1, 8), (1, 47, 3, 20), (1, 48, 1, 64), (1, 49, 2, 33), (1, 577, 1, 64), (1, 1025, 1, 16)]
-    narrow = (torch.bfloat16, 3e-2, 2e-2) if name == "cpp" else (torch.float16, 4e-3, 2e-3)
+    kinds = [(torch.float32, 1e-5, 1e-6), (torch.bfloat16, 3e-2, 2e-2)]
+    if name == "cuda":
+        kinds = [(torch.float32, 1e-4, 1e-5), (torch.float16, 4e-3, 2e-3)]
     for B, N, H, D in sizes:
-        for dtype, rtol, atol in ((torch.float32, 1e-4, 1e-5), narrow):
+        for dtype, rtol, atol in kinds:
             qkv = torch.randn(B, N, 3 * H * D, device=device).to(dtype)
             case = {"H": H, "D": D, "scale": None}
             torch.testing.assert_close(forward(name, (qkv, None, None, None), case).double(),
@@ -95,7 +97,7 @@ def test_forward_edges(name, device):
     ends = torch.tensor([0, 20, 20, 35, 40], dtype=torch.int32, device=device)
     rows = forward(name, (bad.flatten(0, 1), None, ends, 20), case)
     assert torch.equal(rows[:20], out[0]) and rows[20:35].isnan().all() and rows[35:40].isfinite().all() and not rows[40:].any()
-    with ops.backend(name), pytest.raises(RuntimeError, match="forward only"):
+    with ops.backend(name), pytest.raises(RuntimeError, match=r"forward only; inside of torch.no_grad\(\) it can"):
         ops.short_attention(bad.requires_grad_(), num_heads=2)
 
 

@@ -29,10 +29,9 @@ def drop(dropout: nn.Module, x: Tensor) -> Tensor:
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x); LayerNorm by the operator where nobody watches it."""
-    if torch.is_grad_enabled() or type(norm) not in (nn.LayerNorm, LayerNorm) or watched(norm):
+    plain = type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and len(norm.normalized_shape) == 1
+    if not plain or watched(norm) or norm.__dict__.get("_fast_norm") or torch.jit.is_tracing():  # a trace tells parts by modules
         return norm(x)
-    if norm.weight is None or len(norm.normalized_shape) != 1 or norm.__dict__.get("_fast_norm") or torch.jit.is_tracing():
-        return norm(x)  # a trace tells parts by modules
     return by_module(norm, x)
 
 

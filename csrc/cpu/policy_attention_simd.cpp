@@ -1,10 +1,7 @@
 // One head at a time: its keys and values as float32 in a thread's cache, its scores a block of rows at a time.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "policy_attention.h"
 #include "simd.h"
+#include "thread_number.h"
 
 namespace WIDTH_NAMESPACE {
 namespace {
@@ -234,13 +231,8 @@ void policy_attention(const Params &p, int threads, float *scratch) {
   const long long size = policy_attention_scratch(p);
 #pragma omp parallel num_threads(threads)
   {
-#ifdef _OPENMP
-    const int thread = omp_get_thread_num();
-#else
-    const int thread = 0;
-#endif
     Head h;
-    h.place(p, scratch + thread * size);
+    h.place(p, scratch + thread_number() * size);
 #pragma omp for schedule(static)
     for (int i = 0; i < p.B * p.H; i++) (p.dout ? backward : forward)(p, h, i / p.H, i % p.H);
   }

@@ -1,15 +1,12 @@
 #include "select_tokens.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
 #include <functional>
 #include <vector>
 
 #include "score_key.h"
+#include "thread_number.h"
 
 namespace {
 
@@ -43,7 +40,7 @@ void copy_row(const SelectTokensParams &p, long long b, int row) {
 }  // namespace
 
 void select_tokens_cpu(const SelectTokensParams &p, int threads) {
-  const long long rows = static_cast<long long>(p.B) * (p.P + p.K);
+  const long long rows = p.units ? static_cast<long long>(p.B) * (p.P + p.K) : 0;  // that hold anything
   // A thread is worth waking for about 64 KiB.
   const long long work = rows * p.units * p.unit_bytes / (64 << 10);
   threads = static_cast<int>(std::max(1ll, std::min<long long>(threads, work)));
@@ -52,16 +49,11 @@ void select_tokens_cpu(const SelectTokensParams &p, int threads) {
     std::vector<Key> keys(2ull * workers * p.N);  // here: an exception must not leave the parallel region
 #pragma omp parallel num_threads(workers)
     {
-#ifdef _OPENMP
-      const int thread = omp_get_thread_num();
-#else
-      const int thread = 0;
-#endif
-      Key *own = keys.data() + 2ull * thread * p.N;
+      Key *own = keys.data() + 2ull * thread_number() * p.N;
 #pragma omp for schedule(static)
       for (int b = 0; b < p.B; b++) select(p, b, own, own + p.N);
     }
   }
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (long long i = 0; i < (p.units ? rows : 0); i++) copy_row(p, i / (p.P + p.K), static_cast<int>(i % (p.P + p.K)));
+  for (long long i = 0; i < rows; i++) copy_row(p, i / (p.P + p.K), static_cast<int>(i % (p.P + p.K)));
 }

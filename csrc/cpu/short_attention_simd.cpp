@@ -1,10 +1,7 @@
 // One head of one sequence at a time: its scores a block of rows at a time, in a core's cache.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "short_attention.h"
 #include "simd.h"
+#include "thread_number.h"
 
 namespace WIDTH_NAMESPACE {
 namespace {
@@ -64,11 +61,7 @@ void short_attention(const Params &p, int threads, float *scratch) {
   const long long size = short_attention_scratch(p);
 #pragma omp parallel num_threads(threads)
   {
-#ifdef _OPENMP
-    float *const mine = scratch + omp_get_thread_num() * size;
-#else
-    float *const mine = scratch;
-#endif
+    float *const mine = scratch + thread_number() * size;
 #pragma omp for schedule(dynamic)
     for (int i = 0; i < p.B * p.H; i++) {
       const int b = i / p.H;

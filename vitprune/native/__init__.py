@@ -15,8 +15,6 @@ except ImportError as error:  # installed without a C++ compiler, or on a system
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}  # ScoreType in csrc/params.h
 
-FORWARD_ONLY = "forward only: it serves inside of torch.no_grad()"
-
 KINDS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}  # in the names of CUDA kernels
 
 # Cards that share a chip with their CPU: only since CUDA 13.2 do they run the machine code of others, and no other card runs theirs.

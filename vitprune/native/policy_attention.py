@@ -44,7 +44,7 @@ def backward_cpp(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, 
 
 def _run(scale: float, eps: float, forward: tuple[Tensor, ...], dout: Tensor | None = None, *gradients: Tensor) -> None:
     q, k, v, policy, *rest = forward
-    native.require(OP, q.device.type == "cpu" and q.dtype in (torch.float32, torch.bfloat16), q)
+    native.require(OP, refuses_cpp(q.device, q.dtype) is None, q)
     policy = policy.float().contiguous()  # named: it must outlive the call
     _native.policy_attention_cpu(_params(scale, eps, (q, k, v, policy, *rest), dout, *gradients), torch.get_num_threads())
 

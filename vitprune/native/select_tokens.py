@@ -26,7 +26,7 @@ def _refuses_scores(dtype: torch.dtype) -> str | None:
 
 def cpp(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor]:
     """On the CPU, with as many threads as torch uses."""
-    native.require(OP, x.device.type == "cpu", x)
+    native.require(OP, refuses_cpp(x.device, x.dtype, scores=scores.dtype) is None, x, scores)
     tokens, ids, params = _prepare(x, scores, k, prefix)
     if params is not None:
         _native.select_tokens_cpu(params, torch.get_num_threads())

@@ -12,7 +12,7 @@ def refuses_cpp(device: torch.device, dtype: torch.dtype, *, grad: bool = False,
         return reason
     if dtype not in (torch.float32, torch.bfloat16):
         return f"no kernel for {dtype}"
-    return native.FORWARD_ONLY if grad else None
+    return "forward only" if grad else None
 
 
 def yields_cpp(device: torch.device, dtype: torch.dtype, *, packed: bool = False, small: bool = False, **_) -> bool:
@@ -46,7 +46,7 @@ def _output(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None) -> tuple[Ten
 
 def cpp(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
     """On the CPU, with as many threads as torch uses. Raises ValueError as `lengths` does."""
-    native.require("short_attention", qkv.device.type == "cpu" and qkv.dtype in (torch.float32, torch.bfloat16), qkv)
+    native.require("short_attention", refuses_cpp(qkv.device, qkv.dtype) is None, qkv)
     out, rows, D = _output(qkv, num_heads, cu_seqlens)
     if cu_seqlens is None:
         B, N = qkv.shape[:2]
@@ -69,7 +69,7 @@ def refuses_cuda(device: torch.device, dtype: torch.dtype, *, grad: bool = False
     if dtype not in KINDS:
         return f"no kernel for {dtype}"
     if grad:
-        return native.FORWARD_ONLY
+        return "forward only"
     return None if fits else "a head's width is not a multiple of 16 in 16..128"
 
 

@@ -112,6 +112,8 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, facts: tuple, for
     disabled = measured.disabled(op, dtype)
     if forced in entries:
         if reason := entries[forced].refuses(device, dtype, **facts):
+            if facts["grad"] and entries[forced].refuses(device, dtype, **facts | {"grad": False}) is None:
+                reason += "; inside of torch.no_grad() it can"
             raise RuntimeError(f"{op}: backend {forced!r} cannot run here: {reason}")
         if forced in disabled:
             warnings.warn(f"{op}: backend {forced!r} {disabled[forced]}", stacklevel=2)
