@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops.layer_norm import by_module
+from .ops.linear import weight_and_bias
 
 
 def watched(module: nn.Module) -> bool:
@@ -15,7 +16,7 @@ def watched(module: nn.Module) -> bool:
 def dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
     """act(layer(x)) or residual + layer(x), in one call where both are as timm made them and nobody watches them."""
     if type(layer) is nn.Linear and not watched(layer) and (act is None or not watched(act)):
-        return ops.linear(x, layer.weight, layer.bias, gelu=act is not None, residual=residual, packed=layer.__dict__.get("packed"))
+        return ops.linear(x, *weight_and_bias(layer), gelu=act is not None, residual=residual, packed=layer.__dict__.get("packed"))
     x = layer(x)
     x = x if act is None else act(x)
     return x if residual is None else residual + x

@@ -38,7 +38,7 @@ class Split:
 
 class State(NamedTuple):
     """A batch on its way through the blocks."""
-    x: Tensor                           # [B, P+n, C], or packed rows [R, C] with `mask`
+    x: Tensor | None                    # [B, P+n, C], or packed rows [R, C] with `mask`; None while blocks run
     policy: Tensor | None = None        # [B, P+N] training: keys to attend
     kept: Tensor | None = None          # [B, n] ids of the patches that are left; None: all
     mask: Tensor | None = None          # bool [B, P+N] adaptive counts: tokens that are left

@@ -2,6 +2,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -87,14 +88,18 @@ class TokenPruning:
         counts, before = [], num_patches
         for s, r in enumerate(self._entries()):
             k = r if isinstance(r, int) and isinstance(self.keep, tuple) else max(0, int(num_patches * r))
-            where = f"keep of stage {s} (before block {self.at[s]})"
-            _require(k <= before, where, f"at most the {before} patches there are", k)
+            if k > before:
+                self._refuse(s, f"at most the {before} patches there are", k)
             if self.multiple_of:
                 k = min(before, math.floor((k + prefix) / self.multiple_of + 0.5) * self.multiple_of - prefix)
-            _require(k >= self.min_keep, where, f"at least min_keep={self.min_keep} of {num_patches} patches", max(k, 0))
+            if k < self.min_keep:
+                self._refuse(s, f"at least min_keep={self.min_keep} of {num_patches} patches", max(k, 0))
             counts.append(k)
             before = k
         return counts
+
+    def _refuse(self, stage: int, expected: str, got: int) -> NoReturn:
+        raise ValueError(f"TokenPruning: keep of stage {stage} (before block {self.at[stage]}) must be {expected}, got {got}")
 
     def ratios(self, num_patches: int) -> list[float]:
         """Target keep ratio of each stage, relative to the original patches, for the ratio loss."""

@@ -80,33 +80,31 @@ class _Pruned:
             raise ValueError("PrunedViT: attn_mask and is_causal must be off where tokens are pruned")
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
         num_patches = x.shape[1] - self.num_prefix_tokens
-        state, scores = State(x, num_patches=num_patches), None
+        state, scores = State(None, num_patches=num_patches), None  # without x while blocks run: it would be held
         at = () if self.tokens is None else self.tokens.at
         asks = self.tokens is not None and self.tokens.score == "cls_attention"
         sparse is None or isinstance(sparse, bool) or fail("PrunedViT", "sparse_backward", "a bool or None", repr(sparse))
         at_least, sparse = (0, 0.0) if sparse else SPARSE_PAYS, sparse or (sparse is None and x.device.type == "cpu")
         sparse = sparse and torch.is_grad_enabled() and not (self.grad_checkpointing or transformed())
         sparse = sparse and all(type(block) is PrunedBlock and block.splits() for block in self.blocks)
+        checkpointed = self.grad_checkpointing and self.training
+        options = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
         for i, block in enumerate(self.blocks):
             if i in at:
-                state = self._prune_tokens(state.whole(), at.index(i), num_patches, scores)
+                state = self._prune_tokens(state._replace(x=x).whole(), at.index(i), num_patches, scores)
                 state = state.parted(at_least) if sparse else state
+                x, state = state.x, state._replace(x=None)
+                options = {} if state.policy is None else {"policy": state.policy}
+                if state.cu_seqlens is not None:
+                    options = {"cu_seqlens": state.cu_seqlens, "max_seqlen": num_patches + self.num_prefix_tokens}
             if state.split is not None:
-                x, dropped = block.forward_split(state.x, state.dropped, state.split, state.policy)
-                state = state._replace(x=x, dropped=dropped)
+                x, dropped = block.forward_split(x, state.dropped, state.split, state.policy)
+                state = state._replace(dropped=dropped)
                 continue
-            options = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {"policy": state.policy}
-            if asks and i + 1 in at:
-                options["class_attention"] = True
-            if state.cu_seqlens is not None:
-                options |= {"cu_seqlens": state.cu_seqlens, "max_seqlen": num_patches + self.num_prefix_tokens}
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, state.x, use_reentrant=False, **options)
-            else:
-                x = block(state.x, **options)
-            x, scores = x if "class_attention" in options else (x, None)
-            state = state._replace(x=x)
-        x = normalise(self.norm, state.whole().x)
+            asked = {"class_attention": True} if asks and i + 1 in at else {}
+            x = checkpoint(block, x, use_reentrant=False, **options, **asked) if checkpointed else block(x, **options, **asked)
+            x, scores = x if asked else (x, None)
+        x = normalise(self.norm, state._replace(x=x).whole().x)
         if state.cu_seqlens is not None:
             x = ops.expand_rows(x, state.cu_seqlens, state.mask)
         return state._replace(x=x)

@@ -126,5 +126,5 @@ def require(op: str, condition: bool, *tensors: torch.Tensor | None) -> None:
 def launch(op: str, name: str, grid: tuple[int, int], threads: int, params, device: torch.device) -> None:
     """One launch of kernel `name` of csrc/cuda/`op`.cu on the device's current stream; nothing where the grid is empty."""
     if grid[0] and grid[1]:
-        stream = torch.cuda.current_stream(device).cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(device.index)  # torch.cuda.current_stream wraps it in microseconds of Python
         _native.launch(kernel(op, name, device.index), *grid, threads, stream, params)

@@ -1,4 +1,6 @@
 """`vitprune.ops.short_attention` in C++ and CUDA C++."""
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -40,8 +42,8 @@ def _output(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None) -> tuple[Ten
     """An empty output, its rows, and the width of a head."""
     ends = cu_seqlens is None or (cu_seqlens.dtype == torch.int32 and cu_seqlens.device == qkv.device)
     native.require("short_attention", ends and qkv.shape[-1] % (3 * num_heads) == 0, qkv, cu_seqlens)
-    out = torch.empty(*qkv.shape[:-1], qkv.shape[-1] // 3, dtype=qkv.dtype, device=qkv.device)
-    return out, out.shape[:-1].numel(), out.shape[-1] // num_heads
+    *rows, width = qkv.shape
+    return qkv.new_empty((*rows, width // 3)), prod(rows), width // (3 * num_heads)
 
 
 def cpp(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:

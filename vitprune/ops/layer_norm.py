@@ -3,10 +3,10 @@ from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .checks import fail, on_device
-from .registry import KEYS, Backend, call, choose, define, find, large, serve
+from .linear import weight_and_bias
+from .registry import Backend, autocasts, call, choose, define, find, large, serve
 
 OP = "layer_norm"
 
@@ -18,28 +18,31 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     together.
     """
     x.dim() > 0 or fail(OP, "x", "[..., C]", x.shape)
-    x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
-    C = x.shape[-1:]
+    dtype, device = x.dtype, x.device
+    dtype.is_floating_point or fail(OP, "x", "floating point", dtype)
+    *rows, C = x.shape
     for name, t in (("weight", weight), ("bias", bias)):
-        t is None or t.shape == C or fail(OP, name, f"[C] = {tuple(C)}", t.shape)
-        t is None or t.dtype.is_floating_point or fail(OP, name, "floating point", t.dtype)
-    on_device(OP, "x", x.device, weight=weight, bias=bias)
-    facts = {"weight": weight.dtype, "wide": True if C[0] > 4096 else False, "large": large(prod(x.shape[:-1]))}
-    if x.device.type in KEYS and torch.is_autocast_enabled(x.device.type):
+        if t is not None:
+            t.shape == (C,) or fail(OP, name, f"[C] = {(C,)}", t.shape)
+            t.dtype.is_floating_point or fail(OP, name, "floating point", t.dtype)
+    on_device(OP, "x", device, weight=weight, bias=bias)
+    facts = {"weight": weight.dtype, "wide": True if C > 4096 else False, "large": large(prod(rows))}
+    if autocasts(device):
         facts["autocast"] = True
-    return call(OP, choose(OP, x.device, x.dtype, **facts), x, weight, bias, eps)
+    return call(OP, choose(OP, device, dtype, **facts), x, weight, bias, eps)
 
 
 def by_module(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """norm(x): by the operator where its kernel may serve; it has neither gradient nor autocast, and a backend that is forced for the
     other operators is no reason to fail."""
-    autocast = x.device.type in KEYS and torch.is_autocast_enabled(x.device.type)
-    return norm(x) if torch.is_grad_enabled() or autocast else layer_norm(x, norm.weight, norm.bias, norm.eps)
+    if torch.is_grad_enabled() or autocasts(x.device):
+        return norm(x)
+    return layer_norm(x, *weight_and_bias(norm), norm.eps)
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """The definition."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 define(OP, "(Tensor x, Tensor weight, Tensor? bias, float eps, str backend) -> Tensor",

@@ -3,7 +3,7 @@ import functools
 import platform
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -28,6 +28,14 @@ def linear(x: Tensor, w: Tensor, b: Tensor | None, *, gelu: bool = False, residu
     if residual is not None:
         return residual + y
     return F.gelu(y) if gelu else y
+
+
+def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """layer.weight and layer.bias, without the search of `Module.__getattr__`: in a small call the host is what takes the time."""
+    try:
+        return layer._parameters["weight"], layer._parameters["bias"]
+    except KeyError:  # something else stands for them, a view of parameters kept elsewhere
+        return layer.weight, layer.bias
 
 
 def pack(w: Tensor, rows: int) -> Tensor | None:

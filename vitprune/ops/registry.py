@@ -9,6 +9,7 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
@@ -96,7 +97,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
             lacks = "forward-mode derivative" if dual else "form that torch.func transforms"
             raise RuntimeError(f"{op}: backend {forced!r} has no {lacks}; 'reference' has one")
         return forced if forced in TABLES[op] else "reference"
-    if device.type in KEYS and torch.is_autocast_enabled(device.type) and any(CAST.get(op, ())) and dtype != torch.float64:
+    if autocasts(device) and any(CAST.get(op, ())) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)  # what a kernel will be given
     facts["grad"] = torch.is_grad_enabled()  # what is fastest forward need not be so with its gradient
     if _local.graph:
@@ -123,6 +124,11 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, facts: tuple, for
         if entry.name not in disabled and entry.refuses(device, dtype, **facts) is None:
             return entry.name
     raise RuntimeError(f"{op}: no backend can run on {device} with {dtype}")
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for that device; the first question is quick and mostly answers."""
+    return torch._C._is_any_autocast_enabled() and device.type in KEYS and torch.is_autocast_enabled(device.type)
 
 
 def transformed() -> bool:
@@ -195,20 +201,23 @@ def run(op: str, *args):
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if recorded and op not in GRADIENTS:  # PyTorch says so if it is differentiated
         return getattr(torch.ops.vitprune, op)(*args)
-    target, device = GRADIENTS[op].apply if recorded else RUN[op], tensors[0].device.type
-    if torch.is_autocast_enabled(device):
-        return _autocast(target, KEYS[device], device, CAST[op], *args)
+    target, device = GRADIENTS[op].apply if recorded else RUN[op], tensors[0].device
+    if autocasts(device):
+        return _autocast(target, KEYS[device.type], device.type, CAST[op], *args)
     return target(*args)
 
 
 def _watched(tensors: Sequence[Tensor]) -> bool:
     """Whether anyone needs to see the operator: a compiler, a tracer, a mode, a transform, a profiler, a kind of tensor of their own,
     a view whose sign is only noted, gradients in batches."""
-    return (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
-            or torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled()
-            or any(type(t) is not Tensor and type(t) is not torch.nn.Parameter or t.device.type not in KEYS or t.is_neg()
-                   or torch._C._functorch.is_legacy_batchedtensor(t)
-                   for t in tensors))
+    if (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active() or torch.autograd._profiler_enabled()):
+        return True
+    for t in tensors:
+        if (type(t) is not Tensor and type(t) is not Parameter or not (t.is_cpu or t.is_cuda) or t.is_neg()
+                or torch._C._functorch.is_legacy_batchedtensor(t)):
+            return True
+    return False
 
 
 def define(op: str, schema: str, run: Callable, fake: Callable, *, cast: Sequence[str] = (), macs: Callable | None = None):

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from .checks import fail, on_device
 from .layer_norm import by_module
-from .linear import linear
+from .linear import linear, weight_and_bias
 from .registry import Backend, call, choose, serve
 
 OP = "score_tokens"
@@ -16,13 +16,16 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
     patches [B, N, C]; predictor: a `TokenPredictor` of width C; mask bool [B, N]: patches that the image still has (None:
     all; scores of the others mean nothing). Returns [B, N]. Raises ValueError for shapes or devices that do not fit together.
     """
-    first = predictor.in_conv[1]
+    first, shape, device = _layers(predictor, "in_conv")[1], patches.shape, patches.device
     C = first.in_features
-    (patches.dim() == 3 and patches.shape[-1] == C) or fail(OP, "patches", f"[B, N, {C}]", patches.shape)
-    expected = patches.shape[:2]
-    mask is None or mask.shape == expected or fail(OP, "mask", f"[B, N] = {tuple(expected)}", mask if mask is None else mask.shape)
-    on_device(OP, "patches", patches.device, mask=mask, predictor=first.weight)
-    return call(OP, choose(OP, patches.device, patches.dtype), patches, predictor, mask)
+    (len(shape) == 3 and shape[-1] == C) or fail(OP, "patches", f"[B, N, {C}]", shape)
+    mask is None or mask.shape == shape[:2] or fail(OP, "mask", f"[B, N] = {tuple(shape[:2])}", mask if mask is None else mask.shape)
+    on_device(OP, "patches", device, mask=mask, predictor=weight_and_bias(first)[0])
+    return call(OP, choose(OP, device, patches.dtype), patches, predictor, mask)
+
+
+def _layers(predictor: nn.Module, name: str) -> list[nn.Module]:
+    return [*predictor._modules[name]._modules.values()]  # an index or a slice of a Sequential takes longer than a small product
 
 
 def reference(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Tensor:
@@ -33,20 +36,21 @@ def reference(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Ten
 
 def split(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Tensor:
     """Without the concatenation: the shared half of its product is one vector an image, and two logits need no softmax."""
-    norm, first, _ = predictor.in_conv  # no slices: each would be a new module
-    second, _, third, _, last, _ = predictor.out_conv
-    x = linear(by_module(norm, patches), first.weight, first.bias, gelu=True)
+    norm, first, _ = _layers(predictor, "in_conv")
+    second, _, third, _, last, _ = _layers(predictor, "out_conv")
+    x = linear(by_module(norm, patches), *weight_and_bias(first), gelu=True)
     local, shared = x.chunk(2, dim=-1)
     if mask is None:
         shared = shared.mean(1) if patches.shape[1] else shared.sum(1)
     else:
         weight = mask[..., None].to(x.dtype)
         shared = (shared * weight).sum(1) / weight.sum(1).clamp(min=1)
-    w_local, w_shared = second.weight.chunk(2, dim=1)
-    shared = F.linear(shared, w_shared, second.bias)
+    weight, bias = weight_and_bias(second)
+    w_local, w_shared = weight.chunk(2, dim=1)
+    shared = F.linear(shared, w_shared, bias)
     x = F.gelu(F.linear(local, w_local) + shared[:, None])
-    logits = last(linear(x, third.weight, third.bias, gelu=True))
-    return logits[..., 0] - logits[..., 1]
+    keep, drop = F.linear(linear(x, *weight_and_bias(third), gelu=True), *weight_and_bias(last)).unbind(-1)
+    return keep - drop
 
 
 serve(OP, Backend("split", split, composite=True), Backend("reference", reference, composite=True))

@@ -23,28 +23,29 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
     device); rows past cu_seqlens[-1] give zero. scale: D^-0.5 by default.
     Raises ValueError for arguments that do not fit together; what cu_seqlens holds is seen on a CPU only, since nothing waits for a GPU.
     """
-    packed = cu_seqlens is not None
-    qkv.dim() == (2 if packed else 3) or fail(OP, "qkv", "[T, 3*H*D]" if packed else "[B, N, 3*H*D]", qkv.shape)
-    qkv.dtype.is_floating_point or fail(OP, "qkv", "floating point", qkv.dtype)
-    (is_int(num_heads) and num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0) or fail(OP, "num_heads",
-        f"a positive int that divides {qkv.shape[-1]} / 3", num_heads)
+    packed, shape, dtype, device = cu_seqlens is not None, qkv.shape, qkv.dtype, qkv.device
+    len(shape) == (2 if packed else 3) or fail(OP, "qkv", "[T, 3*H*D]" if packed else "[B, N, 3*H*D]", shape)
+    dtype.is_floating_point or fail(OP, "qkv", "floating point", dtype)
+    (is_int(num_heads) and num_heads > 0 and shape[-1] % (3 * num_heads) == 0) or fail(OP, "num_heads",
+        f"a positive int that divides {shape[-1]} / 3", num_heads)
     (max_seqlen is None and not packed) or (is_int(max_seqlen) and max_seqlen >= 0) or fail(OP, "max_seqlen",
         "an int >= 0 with cu_seqlens", max_seqlen)
     if packed:
         (cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] > 0) or fail(OP, "cu_seqlens",
             "int32 [B+1]", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-        on_device(OP, "qkv", qkv.device, cu_seqlens=cu_seqlens)
+        on_device(OP, "qkv", device, cu_seqlens=cu_seqlens)
         if (ends := values(cu_seqlens)) is not None:
-            native.lengths(ends, qkv.shape[0], max_seqlen)
+            native.lengths(ends, shape[0], max_seqlen)
     scale is None or is_number(scale) or fail(OP, "scale", "a number (it has no gradient)", repr(scale))
-    D = qkv.shape[-1] // (3 * num_heads)
+    *rows, D = shape
+    D //= 3 * num_heads
     if D == 0:
         return qkv.clone()
     fits = True if D % 16 == 0 and 16 <= D <= 128 else False  # a branch, not the size: a graph with dynamic sizes has none to choose by
-    facts = {"fits": fits, "packed": packed, "large": large(prod(qkv.shape[:-1]))}
-    if qkv.device.type == "cpu":
-        facts["small"] = not packed and _small(*qkv.shape[:2], num_heads)
-    name = choose(OP, qkv.device, qkv.dtype, **facts)
+    facts = {"fits": fits, "packed": packed, "large": large(prod(rows))}
+    if device.type == "cpu":
+        facts["small"] = not packed and _small(*rows, num_heads)
+    name = choose(OP, device, dtype, **facts)
     return call(OP, name, qkv, num_heads, cu_seqlens, max_seqlen or 0, D ** -0.5 if scale is None else scale)
 
 
