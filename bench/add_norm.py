@@ -10,7 +10,7 @@ from vitprune.ops import add_norm
 
 CHANNELS = {name: 64 * heads for name, heads in HEADS.items()}  # DeiT
 KEEPS = {keep: Size(1, 1, keep).kept for keep in cases.KEEPS}  # tokens
-FORWARD, BACKWARD = 4, 5  # tensors of [B, N, C] moved: x, residual, s, y; ds, dy, s, dx, dresidual (no LayerScale)
+FORWARD, BACKWARD = 4, 4  # tensors of [B, N, C] moved: x, residual, s, y; ds, dy, s, dx (no LayerScale: the residual's gradient is x's)
 
 
 def shapes(device: torch.device, brief: bool):

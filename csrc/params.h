@@ -81,9 +81,9 @@ struct AddNormParams {
   const void *weight, *bias, *gamma;    // [C], contiguous; bias and gamma may be null
   void *s, *y;                          // [R, C], contiguous; s is read in the backward pass, with strides
   const void *ds, *dy;                  // as x; in the backward pass, as all that follows
-  void *dx, *dresidual;                 // [R, C], contiguous
-  float *partial;                       // [3, P, C], contiguous: sums for weight, bias and gamma
-  void *dweight, *dbias, *dgamma;       // [C]
+  void *dx, *dresidual;                 // [R, C], contiguous; dresidual null where dx is the same
+  float *partial;                       // [3, P, C], contiguous: sums for weight, bias and gamma; [2, P, C] without gamma
+  void *dweight, *dbias, *dgamma;       // [C]; dgamma null without gamma, as is the residual there in the backward pass
   long long x_batch, x_row, residual_batch, residual_row, s_batch, s_row, ds_batch, ds_row, dy_batch, dy_row;  // in elements
   long long R, N;
   float eps;

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..native.add_norm import outputs
 from . import configs
 from .policy_attention import on
 
@@ -52,7 +53,8 @@ def add_norm_backward_kernel(
     R, N, P, ds_batch, ds_row, dy_batch, dy_row, s_batch, s_row, residual_batch, residual_row, eps,
     C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):
-    """grid (P): every P-th tile of ROWS rows; partial [3, P, C] takes its sums for weight, bias and gamma."""
+    """grid (P): every P-th tile of ROWS rows; partial [2 or 3, P, C] takes its sums for weight, bias and, where there is one, gamma;
+    dresidual None: dx is the same."""
     channel = tl.arange(0, CHANNELS)
     lane = channel < C
     w = tl.load(weight + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
@@ -80,17 +82,19 @@ def add_norm_backward_kernel(
             added = tl.load(residual + b * residual_batch + n * residual_row + channel[None, :], mask=inside, other=0.0)
             dgamma += tl.where(inside, grad * added.to(tl.float32), 0.0)
             grad *= g
-        tl.store(dresidual + out, grad.to(dresidual.dtype.element_ty), mask=inside)
+        if dresidual is not None:
+            tl.store(dresidual + out, grad.to(dresidual.dtype.element_ty), mask=inside)
     out = partial + tl.program_id(0).to(tl.int64) * C + channel
     vector = P.to(tl.int64) * C
     tl.store(out, tl.sum(dweight, 0), mask=lane)
     tl.store(out + vector, tl.sum(dbias, 0), mask=lane)
-    tl.store(out + 2 * vector, tl.sum(dgamma, 0), mask=lane)
+    if gamma is not None:
+        tl.store(out + 2 * vector, tl.sum(dgamma, 0), mask=lane)
 
 
 @triton.jit(do_not_specialize=["P"])
 def sum_partials_kernel(partial, dweight, dbias, dgamma, P, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """grid (tiles of channels, 3): the sums over the programs, always in the same order."""
+    """grid (tiles of channels, 2 or 3): the sums over the programs, always in the same order."""
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     kind = tl.program_id(1)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -103,7 +107,7 @@ def sum_partials_kernel(partial, dweight, dbias, dgamma, P, C, ROWS: tl.constexp
         tl.store(dweight + channel, value, mask=channel < C)
     elif kind == 1:
         tl.store(dbias + channel, value, mask=channel < C)
-    else:
+    elif dgamma is not None:
         tl.store(dgamma + channel, value, mask=channel < C)
 
 
@@ -166,21 +170,23 @@ def launch(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, gam
 
 def launch_backward(ds: Tensor, dy: Tensor, s: Tensor, residual: Tensor, weight: Tensor, gamma: Tensor | None, eps: float,
                     config: dict | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (in the dtype of s), residual, weight, bias and gamma (0 without one)."""
-    dx, dresidual = (torch.empty(s.shape, dtype=t.dtype, device=s.device) for t in (s, residual))
+    """`outputs` of vitprune/native/add_norm.py, written."""
+    results = outputs(s, residual, weight, gamma)
     if s.numel() == 0:
-        return dx, dresidual, *(torch.zeros(weight.shape, dtype=weight.dtype, device=s.device) for _ in range(3))
-    vectors = [torch.empty(weight.shape, dtype=weight.dtype, device=s.device) for _ in range(3)]
+        return results
+    dx, dresidual, dweight, dbias, dgamma = (t if t.numel() else None for t in results)
     C, R = s.shape[-1], s.numel() // s.shape[-1]
     config = config or _config(s, R, C)
-    ds, dy, s, residual = (as_rows(t) for t in (ds, dy, s, residual))
-    weight, gamma = weight.contiguous(), gamma if gamma is None else gamma.contiguous()
+    ds, dy, s = as_rows(ds), as_rows(dy), as_rows(s)
+    residual, gamma = (None, None) if gamma is None else (as_rows(residual), gamma.contiguous())
+    weight, strided = weight.contiguous(), (ds, dy, s, s if residual is None else residual)
     programs = min(config["programs"], triton.cdiv(R, config["backward_rows"]))
-    partial = torch.empty(3, programs, C, dtype=torch.float32, device=s.device)
+    sums = 2 if gamma is None else 3
+    partial = torch.empty(sums, programs, C, dtype=torch.float32, device=s.device)
     with on(s.device):
         add_norm_backward_kernel[(programs,)](
             ds, dy, s, residual, weight, gamma, dx, dresidual, partial, R, s.shape[1], programs,
-            *(stride for t in (ds, dy, s, residual) for stride in t.stride()[:2]), eps,
+            *(stride for t in strided for stride in t.stride()[:2]), eps,
             C=C, ROWS=config["backward_rows"], CHANNELS=triton.next_power_of_2(C), num_warps=config["backward_warps"])
-        sum_partials_kernel[(triton.cdiv(C, 32), 3)](partial, *vectors, programs, C, ROWS=64, CHANNELS=32, num_warps=4)
-    return dx, dresidual, *vectors
+        sum_partials_kernel[(triton.cdiv(C, 32), sums)](partial, dweight, dbias, dgamma, programs, C, ROWS=64, CHANNELS=32, num_warps=4)
+    return results

@@ -53,6 +53,22 @@ def run(name, tensors, ups, eps, convert=lambda t: t):
     return *out, *torch.autograd.grad(out, [t for t in leaves if t is not None], [convert(u) for u in ups])
 
 
+@pytest.mark.parametrize("name, device", [("reference", "cpu"), *KERNELS])
+def test_residual_is_read_for_gamma_alone(name, device):
+    """Without gamma its gradient is x's and it is not kept for the backward pass; both leaves own what they are given."""
+    x, r = (torch.randn(2, 3, 16, device=device, requires_grad=True) for _ in range(2))
+    gamma, kept = torch.ones(16, device=device), []
+    for scale in (None, gamma):
+        before = len(kept)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            out = torch.ops.vitprune.add_norm(x, r, gamma, None, scale, 1e-6, name)  # as registered: plain PyTorch keeps what it keeps
+        out[1].square().sum().backward()
+        assert len(kept[before:]) == (3 if scale is None else 4) and kept[before:].count(x.numel()) == (1 if scale is None else 2)
+        torch.testing.assert_close(x.grad, r.grad)
+        assert x.grad.data_ptr() != r.grad.data_ptr()
+        x.grad = r.grad = None
+
+
 @st.composite
 def cases(draw, real: bool):
     B, C = draw(st.sampled_from(((2, 192), (1, 384), (2, 384))))

@@ -90,7 +90,7 @@ __device__ void forward(const AddNormParams &p) {
   store_row<UNIT>((S *)p.y + row * p.C, total, mine);
 }
 
-// grid (P): every P-th group of blockDim / lanes rows; partial [3, P, C] takes its sums for weight, bias and gamma.
+// grid (P): every P-th group of blockDim / lanes rows; partial takes its sums for weight, bias and, where there is one, gamma.
 template <typename S, typename R, int UNIT>
 __device__ void backward(const AddNormParams &p) {
   SHARED(float[3][SHARED_BY], sums);
@@ -129,7 +129,7 @@ __device__ void backward(const AddNormParams &p) {
         grad[i] *= weight[i];
       }
     }
-    store_row<UNIT>((R *)p.dresidual + row * p.C, grad, mine);
+    if (p.dresidual) store_row<UNIT>((R *)p.dresidual + row * p.C, grad, mine);
   }
 
   // First the rows of a warp, then row after row: always in the same order.
@@ -140,6 +140,7 @@ __device__ void backward(const AddNormParams &p) {
   const int width = p.lanes < 32 ? 32 : p.lanes, count = blockDim.x / width;
   for (int i = 0; i < count; i++) {
     if (i == (int)threadIdx.x / width && (int)threadIdx.x % width < p.lanes) UNROLL for (int k = 0; k < 3; k++) {
+      if (k == 2 && !p.gamma) continue;
       float before[HELD] = {};
       if (i) load_row<UNIT>(before, (const float *)sums[k], mine);
       UNROLL for (int j = 0; j < HELD; j++) gathered[k][j] += before[j];
@@ -149,7 +150,7 @@ __device__ void backward(const AddNormParams &p) {
   }
 }
 
-// grid (tiles of 32 channels, 3): the sums over the blocks, always in the same order.
+// grid (tiles of 32 channels, 2 or 3): the sums over the blocks, always in the same order.
 template <typename T>
 __device__ void sum_partials(const AddNormParams &p) {
   SHARED(float[8][32], sums);

@@ -3,9 +3,9 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..native import add_norm as native
+from ..native.add_norm import alike, outputs
 from .checks import fail, on_device
 from .registry import Backend, call, choose, define, find, gradient, large, run, serve
 
@@ -19,29 +19,34 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, e
     x, residual [..., C]; weight, bias, gamma [C] (bias and gamma may be None). Returns (s, normalised), both [..., C].
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
-    x.dim() > 0 or fail(OP, "x", "[..., C]", x.shape)
-    x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
-    residual.shape == x.shape or fail(OP, "residual", f"like x, {tuple(x.shape)}", residual.shape)
-    C = x.shape[-1:]
+    shape, dtype, device = x.shape, x.dtype, x.device
+    shape or fail(OP, "x", "[..., C]", shape)
+    dtype.is_floating_point or fail(OP, "x", "floating point", dtype)
+    residual.shape == shape or fail(OP, "residual", f"like x, {tuple(shape)}", residual.shape)
+    *rows, C = shape
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
-        t is None or t.shape == C or fail(OP, name, f"[C] = {tuple(C)}", t.shape)
-        t is None or t.dtype.is_floating_point or fail(OP, name, "floating point", t.dtype)
-    on_device(OP, "x", x.device, residual=residual, weight=weight, bias=bias, gamma=gamma)
+        if t is not None:
+            t.shape == (C,) or fail(OP, name, f"[C] = {(C,)}", t.shape)
+            t.dtype.is_floating_point or fail(OP, name, "floating point", t.dtype)
+    on_device(OP, "x", device, residual=residual, weight=weight, bias=bias, gamma=gamma)
     # A branch on the size, not the size: a graph traced with dynamic sizes needs constants to choose by.
     facts = {"residual": residual.dtype, "weight": weight.dtype, "gamma": (weight if gamma is None else gamma).dtype,
-             "wide": True if C[0] > 4096 else False, "large": large(prod(x.shape[:-1]))}
-    return call(OP, choose(OP, x.device, x.dtype, **facts), x, residual, weight, bias, gamma, eps)
+             "wide": True if C > 4096 else False, "large": large(prod(rows))}
+    return call(OP, choose(OP, device, dtype, **facts), x, residual, weight, bias, gamma, eps)
 
 
 def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, gamma: Tensor | None,
               eps: float) -> tuple[Tensor, Tensor]:
     """The definition."""
     s = x + (residual if gamma is None else residual * gamma)
-    return s, F.layer_norm(s, s.shape[-1:], weight, bias, eps).to(s.dtype)  # CUDA's autocast makes it float32, which no kernel does
+    y = torch.layer_norm(s, s.shape[-1:], weight, bias, eps)
+    return s, y if y.dtype == s.dtype else y.to(s.dtype)  # CUDA's autocast makes it float32, which no kernel does
 
 
 def _backward(ds, dy, s, residual, weight, gamma, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, weight, bias, gamma; the row statistics are recomputed in the accumulator's precision."""
+    """Gradients of x, residual, weight, bias, gamma; the row statistics are recomputed in the accumulator's precision.
+
+    Without gamma the residual need only have its dtype, and gamma's gradient is empty; so is the residual's where x's is the same."""
     if backend == "triton":
         from ..kernels import add_norm as triton
         return triton.launch_backward(ds, dy, s, residual, weight, gamma, eps)
@@ -55,20 +60,23 @@ def _backward(ds, dy, s, residual, weight, gamma, eps: float, backend: str) -> t
     dn = dy * weight.to(dtype)
     dx = (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True)) * rstd + ds.to(dtype)
     rows = tuple(range(s.dim() - 1))
+    shared, none = alike(s, residual, gamma), weight.new_empty(0)
     dresidual = dx if gamma is None else dx * gamma.to(dtype)
-    return (dx.to(s.dtype), dresidual.to(residual.dtype, copy=True), (dy * normal).sum(rows).to(weight.dtype),
-            dy.sum(rows).to(weight.dtype), (dx * residual.to(dtype)).sum(rows).to(weight.dtype))
+    dgamma = none if gamma is None else (dx * residual.to(dtype)).sum(rows).to(weight.dtype)
+    return (dx.to(s.dtype), none.to(residual.dtype) if shared else dresidual.to(residual.dtype, copy=True),
+            (dy * normal).sum(rows).to(weight.dtype), dy.sum(rows).to(weight.dtype), dgamma)
 
 
 def _setup(ctx, inputs, output) -> None:
     x, residual, weight, bias, gamma, ctx.eps, ctx.backend = inputs
     ctx.dtype, ctx.bias = x.dtype, bias is not None
-    ctx.save_for_backward(output[0], residual, weight, gamma)
+    ctx.save_for_backward(output[0], residual.new_empty(0) if gamma is None else residual, weight, gamma)
 
 
 def _gradient(ctx, ds, dy):
-    dx, dresidual, dweight, dbias, dgamma = run(OP + "_backward", ds, dy, *ctx.saved_tensors, ctx.eps, ctx.backend)
-    gamma = ctx.saved_tensors[-1]
+    s, residual, weight, gamma = ctx.saved_tensors
+    dx, dresidual, dweight, dbias, dgamma = run(OP + "_backward", ds, dy, s, residual, weight, gamma, ctx.eps, ctx.backend)
+    dresidual = dx if alike(s, residual, gamma) else dresidual
     return dx.to(ctx.dtype), dresidual, dweight, dbias if ctx.bias else None, None if gamma is None else dgamma, None, None
 
 
@@ -84,9 +92,7 @@ define(OP, "(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? gam
        _fake, macs=lambda *_: 0)
 define(OP + "_backward", "(Tensor ds, Tensor dy, Tensor s, Tensor residual, Tensor weight, Tensor? gamma, float eps, "
        "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _backward,
-       lambda ds, dy, s, residual, weight, gamma, eps, backend: (
-           torch.empty(s.shape, dtype=s.dtype, device=s.device), torch.empty(s.shape, dtype=residual.dtype, device=s.device),
-           *(torch.empty(weight.shape, dtype=weight.dtype, device=s.device) for _ in range(3))), macs=lambda *_: 0)
+       lambda ds, dy, s, residual, weight, gamma, eps, backend: outputs(s, residual, weight, gamma), macs=lambda *_: 0)
 gradient(OP, _gradient, _setup)
 
 
