@@ -154,7 +154,8 @@ def test_live_units_train_as_their_gates_would(name, monkeypatch):
     losses, gates, weights, sliced = once(name)
     assert all(sliced)
     for cls in (PrunedAttention, PrunedMlp):  # the masked reference: nothing is ever sliced
-        monkeypatch.setattr(cls, "set_live", lambda self, live, width=16: self.register_buffer("live", None, persistent=False))
+        monkeypatch.setattr(cls, "set_live", lambda self, live, width=16: [
+            self.register_buffer(name, None, persistent=False) for name in ("live", "live_qkv")])
     expected, expected_gates, expected_weights, sliced = once("reference")
     assert not any(sliced)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)

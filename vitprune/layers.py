@@ -12,6 +12,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from . import ops
 from .dense import dense, drop, normalise, watched
 from .learned import Gate
+from .ops.linear import weight_and_bias
 from .ops.sliced_linear import block_index
 from .split import LEAK, Split
 
@@ -63,6 +64,8 @@ class PrunedAttention(Attention):
     def set_live(self, live: Sequence[int] | None) -> None:
         """Choose the live heads: ascending ids, or None for all."""
         _live_buffer(self, "heads", live, self.num_heads)
+        blocks = None if self.live is None else torch.cat([self.live + i * self.num_heads for i in range(3)])
+        self.register_buffer("live_qkv", blocks, persistent=False)  # of the rows of qkv
 
     def set_dims(self, dims: Tensor | None) -> None:
         """Choose the live dimensions of each head: ascending ids, int64 [2, H, K], of q and k and of v; or None for all.
@@ -73,7 +76,8 @@ class PrunedAttention(Attention):
     @property
     def live_heads(self) -> int:
         """The number of heads that are computed."""
-        return self.num_heads if self.live is None else self.live.shape[0]
+        live = self._buffers["live"]
+        return self.num_heads if live is None else live.shape[0]
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, policy: Tensor | None = None,
                 *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
@@ -100,9 +104,9 @@ class PrunedAttention(Attention):
                cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
                class_attention: bool = False) -> tuple[Tensor, Tensor | None]:
         """What lies between the products: qkv [..., 3*H*D] of the H > 0 live heads -> [..., H*D], and with class_attention the scores."""
-        H, masked = self.live_heads, attn_mask is not None or is_causal
-        normed = not isinstance(self.q_norm, nn.Identity)
-        dropout = self.attn_drop.p if self.training else 0.0
+        H, masked, parts = self.live_heads, attn_mask is not None or is_causal, self._modules  # without the search of Module.__getattr__
+        normed = not isinstance(parts["q_norm"], nn.Identity)
+        dropout = parts["attn_drop"].p if self.training else 0.0
         dims = self._dims()
         q = k = v = None
         if normed or class_attention or policy is not None or masked or dropout or dims is not None:
@@ -130,27 +134,29 @@ class PrunedAttention(Attention):
 
     def project(self, y: Tensor) -> Tensor:
         """y [..., H*D] of the live heads -> [..., C]."""
-        if self.live is None:
-            y = dense(self.proj, y)
+        live, parts = self._buffers["live"], self._modules
+        if live is None:
+            y = dense(parts["proj"], y)
         else:
-            y = ops.sliced_linear(y, self.proj.weight, self.proj.bias, self.live, side="in", width=self.head_dim)
-        return drop(self.proj_drop, y)
+            y = ops.sliced_linear(y, *weight_and_bias(parts["proj"]), live, side="in", width=self.head_dim)
+        return drop(parts["proj_drop"], y)
 
     def _dims(self) -> Tensor | None:
         """What multiplies the dimensions of the live heads, [2, H, D]; None where all are as they are."""
         if self.dim_gate is not None:
             return self.dim_gate()
-        if self.dims is None:
+        dims = self._buffers["dims"]
+        if dims is None:
             return None
-        factors = torch.zeros(2, self.num_heads, self.head_dim, device=self.dims.device).scatter(-1, self.dims, 1.0)
+        factors = torch.zeros(2, self.num_heads, self.head_dim, device=dims.device).scatter(-1, dims, 1.0)
         return factors if self.live is None else factors[:, self.live]
 
     def qkv_of(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., 3*H*D] of the live heads."""
-        if self.live is None:
-            return dense(self.qkv, x)
-        blocks = torch.cat([self.live + i * self.num_heads for i in range(3)])
-        return ops.sliced_linear(x, self.qkv.weight, self.qkv.bias, blocks, side="out", width=self.head_dim)
+        live, qkv = self._buffers["live_qkv"], self._modules["qkv"]
+        if live is None:
+            return dense(qkv, x)
+        return ops.sliced_linear(x, *weight_and_bias(qkv), live, side="out", width=self.head_dim)
 
 
 def _class_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:  # [B, N, H, D] x2 -> [B, N]
@@ -196,21 +202,22 @@ class PrunedMlp(Mlp):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., C] -> [..., C], plus the residual [..., C] where one is given."""
-        if residual is not None and self.training and self.drop2.p > 0:
+        live, parts = self._buffers["live"], self._modules
+        fc1, drop1, fc2, drop2 = parts["fc1"], parts["drop1"], parts["fc2"], parts["drop2"]
+        if residual is not None and self.training and drop2.p > 0:
             return residual + self(x)
-        if self.live is None:
-            y = drop(self.drop1, dense(self.fc1, x, self.act))
+        if live is None:
+            y = drop(drop1, dense(fc1, x, parts["act"]))
             if self.hidden_gate is not None:
                 y = (y.unflatten(-1, (-1, self.width)) * self.hidden_gate().to(y.dtype)[:, None]).flatten(-2)
-            y = dense(self.fc2, y, residual=residual)
-        elif self.training and self.drop1.p > 0:
-            y = ops.sliced_linear(x, self.fc1.weight, self.fc1.bias, self.live, side="out", width=self.width)
-            y = ops.sliced_linear(self.drop1(self.act(y)), self.fc2.weight, self.fc2.bias, self.live, side="in", width=self.width)
+            y = dense(fc2, y, residual=residual)
+        elif self.training and drop1.p > 0:
+            y = ops.sliced_linear(x, *weight_and_bias(fc1), live, side="out", width=self.width)
+            y = ops.sliced_linear(drop1(self.act(y)), *weight_and_bias(fc2), live, side="in", width=self.width)
             y = y if residual is None else residual + y
         else:
-            y = ops.sliced_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, self.live, width=self.width,
-                               residual=residual)
-        return drop(self.drop2, y)
+            y = ops.sliced_mlp(x, *weight_and_bias(fc1), *weight_and_bias(fc2), live, width=self.width, residual=residual)
+        return drop(drop2, y)
 
 
 class PrunedBlock(Block):
@@ -224,7 +231,8 @@ class PrunedBlock(Block):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, policy: Tensor | None = None,
                 *, class_attention: bool = False, **packed) -> Tensor | tuple[Tensor, Tensor]:
         """x [B, N, C] (or packed rows [T, C]) -> the same shape; the other arguments are PrunedAttention's."""
-        y = self.attn(normalise(self.norm1, x), attn_mask, is_causal, policy, class_attention=class_attention, **packed)
+        parts = self._modules
+        y = parts["attn"](normalise(parts["norm1"], x), attn_mask, is_causal, policy, class_attention=class_attention, **packed)
         y, scores = y if class_attention else (y, None)
         x = self._finish(x, y)
         return (x, scores) if class_attention else x
@@ -250,14 +258,15 @@ class PrunedBlock(Block):
 
     def _finish(self, x: Tensor, y: Tensor) -> Tensor:
         """What follows attention, whose output is y; token by token."""
-        norm, scale, path = self.norm2, self.ls1, self.drop_path1
+        parts = self._modules
+        norm, scale, path = parts["norm2"], parts["ls1"], parts["drop_path1"]
         if isinstance(norm, nn.LayerNorm) and isinstance(scale, (nn.Identity, LayerScale)) and not watched(norm) and not watched(scale):
-            x, y = ops.add_norm(x, drop(path, y), norm.weight, norm.bias, norm.eps,
+            x, y = ops.add_norm(x, drop(path, y), *weight_and_bias(norm), norm.eps,
                                 gamma=scale.gamma if isinstance(scale, LayerScale) else None)
         else:
             x = x + path(scale(y))
             y = norm(x)
-        mlp, scale, path = self.mlp, self.ls2, self.drop_path2
+        mlp, scale, path = parts["mlp"], parts["ls2"], parts["drop_path2"]
         if isinstance(scale, nn.Identity) and isinstance(path, nn.Identity) and not any(map(watched, (mlp, scale, path))):
             return mlp(y, x)
         return x + path(scale(mlp(y)))

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from ..native import sliced_product as native
 from .checks import fail, is_int, on_device
-from .registry import Backend, call, choose, define, find, gradient, large, run, serve
-from .sliced_linear import as_rows, block_index, check_live, one_dtype, spread
+from .registry import Backend, autocasts, call, choose, define, find, gradient, large, run, serve
+from .sliced_linear import as_rows, check_live, gather, one_dtype, spread
 
 OP = "sliced_mlp"
 
@@ -36,8 +36,7 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
     on_device(OP, "x", x.device, w1=w1, b1=b1, w2=w2, b2=b2, live=live, residual=residual)
     name = choose(OP, x.device, x.dtype, width=width, large=large(prod(x.shape[:-1])))
-    cast = x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type)
-    if residual is not None and (cast or residual.dtype != x.dtype):  # it keeps its precision
+    if residual is not None and (autocasts(x.device) or residual.dtype != x.dtype):  # it keeps its precision
         return residual + call(OP, name, x, w1, b1, w2, b2, live, None, width)
     return call(OP, name, x, w1, b1, w2, b2, live, residual, width)
 
@@ -46,8 +45,7 @@ def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
               residual: Tensor | None, width: int) -> Tensor:
     """The definition: gather the live weights, then the dense layers; where all are alive there is nothing to gather, in any order."""
     if live.shape[0] * width < w1.shape[0]:
-        index = block_index(live, width)
-        w1, b1, w2 = w1.index_select(0, index), None if b1 is None else b1.index_select(0, index), w2.index_select(1, index)
+        w1, b1, w2 = gather(w1, 0, live, width), gather(b1, 0, live, width), gather(w2, 1, live, width)
     y = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
     return y if residual is None else residual + y
 
@@ -76,7 +74,7 @@ def gradients_by_products(product, dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor
     product(dh, w1, dx, live, width, live_depth=True)
     product(dh.t(), flat, dw1, live, width, live_rows=True)
     product(dy.t(), hidden, dw2, live, width, full_columns=True)
-    return dx.view(x.shape), dw1, spread(w1.new_empty(w1.shape[0]), live, width, dh.sum(0)), dw2, dy.sum(0).to(w2.dtype)
+    return dx.view(x.shape), dw1, spread(w1.new_empty(w1.shape[0]), 0, live, width, dh.sum(0)), dw2, dy.sum(0).to(w2.dtype)
 
 
 def _backward(dy, x, w1, b1, w2, live, width: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -86,14 +84,12 @@ def _backward(dy, x, w1, b1, w2, live, width: int, backend: str) -> tuple[Tensor
         return triton.launch_backward(dy, x, w1, b1, w2, live, width)
     if backend == "cuda":
         return gradients_by_products(native.product, dy, x, w1, b1, w2, live, width)
-    index = block_index(live, width)
-    rows, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-    w1_live, w2_live = w1.index_select(0, index), w2.index_select(1, index)
-    h = F.linear(rows, w1_live, None if b1 is None else b1.index_select(0, index))
+    rows, dy = as_rows(x), as_rows(dy)
+    w1_live, w2_live = gather(w1, 0, live, width), gather(w2, 1, live, width)
+    h = F.linear(rows, w1_live, gather(b1, 0, live, width))
     dh = torch.ops.aten.gelu_backward(dy @ w2_live, h)
-    scatter = lambda like, dim, values: torch.zeros_like(like).index_copy(dim, index, values)  # noqa: E731
-    return ((dh @ w1_live).view(x.shape), scatter(w1, 0, dh.t() @ rows), scatter(w1.new_empty(w1.shape[0]), 0, dh.sum(0)),
-            scatter(w2, 1, dy.t() @ F.gelu(h)), dy.sum(0))
+    return ((dh @ w1_live).view(x.shape), spread(w1, 0, live, width, dh.t() @ rows),
+            spread(w1.new_empty(w1.shape[0]), 0, live, width, dh.sum(0)), spread(w2, 1, live, width, dy.t() @ F.gelu(h)), dy.sum(0))
 
 
 def _setup(ctx, inputs, output) -> None:
