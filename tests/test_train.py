@@ -11,6 +11,7 @@ from vitprune import BlockPruning, Cubic, TokenPruning, prune
 from vitprune.digits import TensorLoader
 from vitprune.evaluate import evaluate, teach
 from vitprune.learned import settle
+from vitprune.resume import Checkpoints
 from vitprune.step import NonFiniteLoss, Run, parameter_groups, soft_target
 from vitprune.train import SCHEDS, TrainConfig, train
 
@@ -179,6 +180,41 @@ def test_a_bad_teacher_is_named():
         teacher.blocks[1].attn.proj.weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteLoss, match="first non-finite: the teacher's parameter blocks.1.attn.proj.weight"):
         train(pruned(), loaders(), CONFIG, teacher)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_step_does_not_wait_for_a_gpu():
+    """Nothing is read back: the host prepares a step while the GPU is busy with the one before."""
+    dense = vit().cuda().eval()
+    model = prune(dense, TokenPruning(0.7, at=(1, 2, 3))).cuda()
+    run = Run(model, replace(CONFIG, clip_grad=1.0, amp="bfloat16"), 4, dense)
+    images, labels = (t.pin_memory() for t in next(iter(loaders()[0])))
+    for step in range(3):  # the first loads kernels and makes the optimizer's state
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            run.step(step, images, labels)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    run.settle()
+
+
+@pytest.mark.parametrize("found", ["at once", "a step later", "when saved", "at the end of the epoch"])
+def test_a_bad_gradient_is_named(found, tmp_path):
+    """On a CPU before the update; on a GPU, which is not waited for, after it, but before the weights are used or saved."""
+    model, (images, labels) = vit(), next(iter(loaders()[0]))
+    bad = model.blocks[2].mlp.fc1.weight
+    run = Run(model, replace(CONFIG, clip_grad=1.0), 2)
+    assert run.waits
+    run.waits = found == "at once"
+    run.step(0, images, labels)
+    bad.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), float("nan")))
+    named = "gradients are not finite at epoch 0, step 1; first non-finite: gradient of blocks.2.mlp.fc1.weight"
+    if found != "at once":
+        run.step(1, images, labels)
+    with pytest.raises(NonFiniteLoss, match=named):
+        {"at once": lambda: run.step(1, images, labels), "a step later": lambda: run.step(2, images, labels),
+         "when saved": lambda: Checkpoints(tmp_path).save(run, 2), "at the end of the epoch": lambda: run.end_epoch(0, None)}[found]()
+    assert torch.isfinite(bad).all() == (found == "at once") and not [*tmp_path.iterdir()]
 
 
 def test_the_moving_average_keeps_what_was_fine_tuned():

@@ -249,7 +249,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.pictures.epoch, self.pictures.start = self.epoch, self.start
-        for batch in DataLoader(self.pictures, batch_size=None, num_workers=self.workers, worker_init_fn=_leave_signals_to_the_run):
+        pinned = torch.cuda.is_initialized()  # a model is on a GPU, which then computes while the next batch is copied
+        for batch in DataLoader(self.pictures, batch_size=None, num_workers=self.workers, worker_init_fn=_leave_signals_to_the_run,
+                                pin_memory=pinned):
             if isinstance(batch, Exception):
                 raise batch
             images, labels, bad = batch

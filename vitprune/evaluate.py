@@ -22,6 +22,32 @@ def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
+class Later:
+    """Values of a tensor that are on their way to the host: the device is not held up, and reading waits for what it had to do before."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.values, self.event = t.detach(), None
+        if t.device.type == "cuda":
+            self.values = torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(self.values, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(t.device))
+
+    def get(self) -> Tensor:
+        """The values, on the host."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values
+
+
+def in_any_process(flag: Tensor | bool, device: torch.device) -> Later:
+    """Whether the flag, a bool or a tensor of one on that device, is set in any process: every process must ask."""
+    if world()[1] == 1:
+        return Later(torch.as_tensor(flag))
+    shared = flag.float() if isinstance(flag, Tensor) else torch.full((), float(flag), device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return Later(shared > 0)
+
+
 def forward(model: nn.Module, images: Tensor, sparse_backward: bool | None = False) -> PrunedOutput:
     """Images [B, C, H, W] -> PrunedOutput of a pruned or a dense model."""
     if isinstance(model, (PrunedViT, PrunedDistilledViT)):
@@ -88,19 +114,21 @@ def evaluate(model: nn.Module, loader: Iterable, seed: int = 0) -> dict:
     """
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # right, right among five, pictures
+    counts, seen = torch.zeros(3, dtype=torch.int64, device=device), 0  # right, right among five, pictures
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             for images, labels in loader:
-                labels = labels.to(device)
-                logits = model(images.to(device))
-                if labels.numel() and int(labels.max()) >= logits.shape[-1]:
-                    raise ValueError(f"evaluate: labels must be in 0..{logits.shape[-1] - 1}, the model's classes, got {int(labels.max())}")
-                best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]  # [B, 5]
-                counts += torch.stack([best[:, 0].sum(), best.sum(), torch.tensor(len(labels), device=device)])
+                largest = int(labels.max()) if labels.numel() else 0  # before they are on a GPU, which would be waited for
+                logits = model(images.to(device, non_blocking=True))
+                if largest >= logits.shape[-1]:
+                    raise ValueError(f"evaluate: labels must be in 0..{logits.shape[-1] - 1}, the model's classes, got {largest}")
+                best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels.to(device, non_blocking=True)[:, None]  # [B, 5]
+                counts[:2] += torch.stack([best[:, 0].sum(), best.sum()])
+                seen += len(labels)
     finally:
         model.train(was_training)
+    counts[2] = seen
     if world()[1] > 1:
         dist.all_reduce(counts)
     top1, top5, count = counts.tolist()

@@ -76,6 +76,7 @@ class Checkpoints:
 
     def save(self, run, done: int) -> None:
         """Write the checkpoint of a `train.Run` after `done` steps, then delete what is too old."""
+        run.settle()
         run.average_totals()  # a process that resumes knows nothing of the others' parts
         if world()[0] == 0:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from . import learned
-from .evaluate import evaluate, first_non_finite, forward, teach, world
+from .evaluate import Later, evaluate, first_non_finite, forward, in_any_process, teach, world
 from .losses import DynamicViTLoss
 from .split import DroppedGradient
 
@@ -84,6 +84,8 @@ class Run:
                 raise ValueError(f"train: batch_size must give each of the {world()[1]} processes an even share for mixup and cutmix, "
                                  f"got {config.batch_size}")
             self.mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=model.num_classes)
+        self.waits = self.device.type != "cuda"  # for gradients, to know before the update whether they are finite
+        self.unchecked: tuple[str, list[Tensor], Later] | None = None  # the last step's place, its parameters, their gradients' norms
         self.totals: dict[str, Tensor] = {}   # sums over the steps of this epoch
         self.history: list[dict] = []         # a record an epoch
         self.corrupt: set[str] = set()        # pictures that could not be read; the loader's own where it counts them
@@ -123,7 +125,7 @@ class Run:
         config, seed = self.config, self.config.seed * 1_000_003 + step
         sparse = False if self.full or (config.sparse_backward is None and world()[1] > 1) else config.sparse_backward
         progress = step / (config.epochs * self.steps)
-        images, labels = images.to(self.device), labels.to(self.device)
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         torch.manual_seed(seed)
         self.model.train()
         frozen = step // self.steps < config.backbone_frozen_epochs
@@ -149,22 +151,18 @@ class Run:
         if self.model_learns:
             parts["penalty"] = learned.penalty(self.model, progress)
             loss = loss + parts["penalty"]
-        if in_any_process(not torch.isfinite(loss), self.device):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-                where = first_non_finite(self.model, images, parts, seed, self.teacher)
-            raise NonFiniteLoss(f"train: the loss is {loss.item()} at epoch {step // self.steps}, step {step}; first non-finite: {where}")
+        broken = in_any_process(~torch.isfinite(loss), self.device)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        self.settle()
+        place = f"at epoch {step // self.steps}, step {step}"
+        if broken.get():  # asked when a GPU has the backward pass to go on with
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+                where = first_non_finite(self.model, images, parts, seed, self.teacher)
+            raise NonFiniteLoss(f"train: the loss is {loss.item()} {place}; first non-finite: {where}")
         if config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            active = [p for group in self.optimizer.param_groups if group["lr_scale"] > 0 and group["name"] != "scores"
-                      for p in group["params"]]  # scores sum over whole blocks: their gradients would drown the weights'
-            norm = nn.utils.clip_grad_norm_(active, config.clip_grad)
-            if not self.scaler.is_enabled() and not torch.isfinite(norm):  # the same in every process; the scaler skips such a step
-                named = ((n, p) for n, p in self.model.named_parameters() if p.grad is not None and any(p is a for a in active))
-                where = next((n for n, p in named if not torch.isfinite(p.grad).all()), "their norm")
-                raise NonFiniteLoss(f"train: the gradients are not finite at epoch {step // self.steps}, step {step}, "
-                                    f"where the loss is {loss.item()}; first non-finite: gradient of {where}")
+            self._clip(config.clip_grad, place)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         learned.observe(self.model, progress)
@@ -174,6 +172,33 @@ class Run:
         for name, value in {"loss": loss, **parts, **kept}.items():
             self.totals[name] = self.totals.get(name, 0) + value.detach().float()
         return loss.detach()
+
+    def _clip(self, limit: float, place: str) -> None:
+        """Scale gradients to a common norm of at most `limit`; scores sum over whole blocks: their gradients would drown the weights'."""
+        groups = (group for group in self.optimizer.param_groups if group["lr_scale"] > 0 and group["name"] != "scores")
+        active = [p for group in groups for p in group["params"] if p.grad is not None]
+        if not active:
+            return
+        norms = torch.stack(torch._foreach_norm([p.grad for p in active]))
+        norm = torch.linalg.vector_norm(norms)
+        nn.utils.clip_grads_with_norm_(active, limit, norm)
+        if not self.scaler.is_enabled():  # it skips such a step
+            self.unchecked = place, active, Later(torch.cat([norms, norm[None]]))
+            if self.waits:
+                self.settle()
+
+    def settle(self) -> None:
+        """Raise NonFiniteLoss where the last step's gradients were not finite. On a GPU that is known after the update only, since nothing
+        waits for it: weights are to be used or saved after this."""
+        if self.unchecked is None:
+            return
+        (place, active, norms), self.unchecked = self.unchecked, None
+        *finite, whole = torch.isfinite(norms.get()).tolist()
+        if whole:
+            return
+        bad = {p for p, good in zip(active, finite) if not good}  # the same in every process
+        where = next((f"gradient of {name}" for name, p in self.model.named_parameters() if p in bad), "their norm")
+        raise NonFiniteLoss(f"train: the gradients are not finite {place}; first non-finite: {where}")
 
     @property
     def model_learns(self) -> bool:
@@ -205,6 +230,7 @@ class Run:
     def end_epoch(self, epoch: int, held_out) -> dict:
         """The record of an epoch: its means, and the accuracies where it is time to evaluate. keep_S: of the original patches, what stage
         S kept in training; a warning where it is all or none against its target, since sure decisions have no gradient."""
+        self.settle()
         self.average_totals()
         means = {name: total / self.steps for name, total in self.totals.items()}
         lr = next((g["lr"] / g["lr_scale"] for g in self.optimizer.param_groups if g["lr_scale"]), 0.0)  # what config.lr has become
@@ -243,15 +269,6 @@ def _amp(name: str, device: torch.device) -> torch.dtype | None:
             return None
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return None if name == "off" else getattr(torch, name)
-
-
-def in_any_process(flag, device: torch.device) -> bool:
-    """Whether the flag is set in any process."""
-    if world()[1] == 1:
-        return bool(flag)
-    shared = torch.tensor(float(flag), device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return bool(shared)
 
 
 def soft_target(labels: Tensor, classes: int, smoothing: float) -> Tensor:

@@ -14,8 +14,8 @@ from timm.optim import get_optimizer_info
 from torch import Tensor, nn
 
 from . import learned
-from .evaluate import world
-from .step import Run, in_any_process
+from .evaluate import in_any_process, world
+from .step import Run
 
 AMP = ("auto", "off", "bfloat16", "float16")
 SCHEDS = ("cosine", "tanh", "step", "multistep", "poly")
@@ -145,8 +145,14 @@ def train(model: nn.Module, loaders: tuple, config: TrainConfig, teacher: nn.Mod
         run.corrupt = getattr(training, "corrupt", run.corrupt)
         done = 0 if checkpoints is None else checkpoints.resume(run)
 
+        flags = []  # of processes on GPUs, which are not waited for: known a step later
+        late = run.device.type == "cuda" and world()[1] > 1
+
         def stop_if_asked(save: bool = True) -> None:
-            if checkpoints is None or not in_any_process(bool(asked), run.device):
+            if checkpoints is None:
+                return
+            flags.append(in_any_process(bool(asked), run.device))
+            if len(flags) <= late or not flags.pop(0).get():
                 return
             if save:
                 checkpoints.save(run, done)

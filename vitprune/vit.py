@@ -1,4 +1,5 @@
 """A timm vision transformer whose tokens, heads and hidden units are pruned."""
+import math
 import warnings
 from typing import NamedTuple
 
@@ -140,7 +141,8 @@ class _Pruned:
         if state.cu_seqlens is not None:
             x, before = ops.expand_rows(x, state.cu_seqlens, state.mask), state.mask[:, P:]
         score = ops.score_tokens(x[:, P:], self.score_predictor[stage], before)
-        keep = score > torch.tensor(self.tokens.threshold, device=x.device).logit()
+        threshold = self.tokens.threshold
+        keep = score > (math.log(threshold / (1 - threshold)) if threshold else -math.inf)
         if before is not None:
             keep, score = keep & before, score.masked_fill(~before, -torch.inf)
         if self.tokens.min_keep:
