@@ -42,7 +42,7 @@ struct ShortAttentionParams {
   void *out;             // [T, H, D], contiguous
   const int *cu_seqlens; // [B+1], contiguous: the first row of each sequence; null: all are N long
   long long qkv_row, T;  // elements from row to row; rows
-  float scale;
+  float scale;  // CUDA: above 0
   int bfloat16;  // 1: of qkv and out; 0: float32
   int B, H, N, D;  // N: of the longest sequence
 };

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..native import short_attention as native
 from . import configs
 from .policy_attention import in_float, on
 
@@ -13,6 +14,7 @@ OP = "short_attention"
 ONE_PASS = 256  # the most keys whose scores a program holds at once
 WIDTHS = range(16, 129, 16)
 LOG2E = tl.constexpr(math.log2(math.e))
+LEAST = tl.constexpr(native.LEAST)
 
 
 @triton.jit
@@ -51,19 +53,23 @@ def dot(a, b, acc, x, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load(x, row, n, row_stride, channel_stride, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of one head [rows, WIDTH]; zero past n rows and D channels."""
+def load(x, row, n, row_stride, channel_stride, D: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Rows of one head [rows, WIDTH]; zero past D channels and, where they are not known to be WHOLE, past n rows."""
     channel = tl.arange(0, WIDTH)
     at = x + row.to(tl.int64)[:, None] * row_stride + channel.to(tl.int64)[None, :] * channel_stride
-    return tl.load(at, mask=(row < n)[:, None] & (channel < D)[None, :], other=0.0)
+    if not WHOLE:
+        return tl.load(at, mask=(row < n)[:, None] & (channel < D)[None, :], other=0.0)
+    return tl.load(at) if D == WIDTH else tl.load(at, mask=(channel < D)[None, :], other=0.0)
 
 
 @triton.jit
-def load_turned(x, row, n, row_stride, channel_stride, D: tl.constexpr, WIDTH: tl.constexpr):
+def load_turned(x, row, n, row_stride, channel_stride, D: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr = False):
     """[WIDTH, rows]: `load`, transposed; a tile that is transposed later goes to shared memory again in every step of a loop."""
     channel = tl.arange(0, WIDTH)
     at = x + channel.to(tl.int64)[:, None] * channel_stride + row.to(tl.int64)[None, :] * row_stride
-    return tl.load(at, mask=(channel < D)[:, None] & (row < n)[None, :], other=0.0)
+    if not WHOLE:
+        return tl.load(at, mask=(channel < D)[:, None] & (row < n)[None, :], other=0.0)
+    return tl.load(at) if D == WIDTH else tl.load(at, mask=(channel < D)[:, None], other=0.0)
 
 
 @triton.jit
@@ -75,46 +81,54 @@ def store(x, value, row, n, row_stride, D: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def tiles(x, n, row_stride, channel_stride, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, TURNED: tl.constexpr):
-    """KEYS rows as a tuple of tiles, one for each bit of KEYS: 208 is 128 + 64 + 16."""
+def tiles(x, n, row_stride, channel_stride, KEYS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
+          TURNED: tl.constexpr):
+    """KEYS rows as a tuple of tiles, one for each bit of KEYS: 208 is 128 + 64 + 16; n ends in the last one, but where rows are packed."""
     found = ()
     for i in tl.static_range(5):
         if KEYS & (256 >> i):
             row = KEYS // (512 >> i) * (512 >> i) + tl.arange(0, 256 >> i)
             if TURNED:
-                tile = load_turned(x, row, n, row_stride, channel_stride, D, WIDTH)
+                tile = load_turned(x, row, n, row_stride, channel_stride, D, WIDTH, not PACKED and KEYS % (256 >> i) > 0)
             else:
-                tile = load(x, row, n, row_stride, channel_stride, D, WIDTH)
+                tile = load(x, row, n, row_stride, channel_stride, D, WIDTH, not PACKED and KEYS % (256 >> i) > 0)
             found = found + (tile,)
     return found
 
 
 @triton.jit
-def scores_of(q, k, start, n, scale, x, SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """q k, with k [WIDTH, SIZE], in units of log 2; -inf past n keys."""
-    s = dot(q, k, tl.zeros((q.shape[0], SIZE), tl.float32), x, WIDE) * scale
-    return tl.where((start + tl.arange(0, SIZE) < n)[None, :], s, float("-inf"))
+def scores_of(q, k, start, n, x, SIZE: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr):
+    """q k, with k [WIDTH, SIZE]; -inf past n keys. Not yet scaled: that is one operation with the subtraction of the maximum."""
+    s = dot(q, k, tl.zeros((q.shape[0], SIZE), tl.float32), x, WIDE)
+    return s if WHOLE else tl.where((start + tl.arange(0, SIZE) < n)[None, :], s, float("-inf"))
 
 
 @triton.jit
-def all_scores(q, ks, n, scale, x, KEYS: tl.constexpr, QUERIES: tl.constexpr, WIDE: tl.constexpr):
+def all_scores(q, ks, n, x, KEYS: tl.constexpr, QUERIES: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr):
     """Scores against every key, a tuple like `tiles`, and their largest."""
     scores = ()
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     for i in tl.static_range(5):
         if KEYS & (256 >> i):
-            s = scores_of(q, ks[len(scores)], KEYS // (512 >> i) * (512 >> i), n, scale, x, 256 >> i, WIDE)
+            s = scores_of(q, ks[len(scores)], KEYS // (512 >> i) * (512 >> i), n, x, 256 >> i, WIDE,
+                          not PACKED and KEYS % (256 >> i) > 0)
             peak = tl.maximum(peak, tl.max(s, 1))
             scores = scores + (s,)
     return scores, peak
 
 
 @triton.jit
-def online(s, peak):
+def shift_of(peak, scale):
+    """What to subtract from scaled scores of which `peak` is the largest so far."""
+    return tl.where(peak == float("-inf"), 0.0, peak) * scale  # they may all be -inf
+
+
+@triton.jit
+def online(s, peak, scale):
     """A step of the softmax with rescaling: exponentials of this tile, the factor for sums so far, the new maximum."""
     higher = tl.maximum(peak, tl.max(s, 1))
-    shift = tl.where(higher == float("-inf"), 0.0, higher)  # scores may all be -inf so far
-    return tl.exp2(s - shift[:, None]), tl.exp2(peak - shift), higher
+    shift = shift_of(higher, scale)
+    return tl.exp2(s * scale - shift[:, None]), tl.exp2(peak * scale - shift), higher
 
 
 @triton.jit
@@ -132,7 +146,8 @@ def forward_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, LOOP: tl.constexpr, QUERIES: tl.constexpr, SPAN: tl.constexpr,
     PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):
-    """grid (images * heads * parts of SPAN queries); keys in one pass over KEYS of them, or LOOP at a time."""
+    """grid (images * heads * parts of SPAN queries); keys in one pass over KEYS of them, or first the last ones, at most KEYS, and then
+    LOOP at a time, all of which are there. The scale is positive or 0."""
     b, head, first, base, n = place(cu_seqlens, N, H, SPAN, PACKED)
     q_ptr = begin(qkv, b, head, base, x_batch, x_row, x_channel, D, PACKED)
     k_ptr = q_ptr + H.to(tl.int64) * D * x_channel
@@ -140,30 +155,30 @@ def forward_kernel(
     if PACKED:
         zero_tail(out + head * D, cu_seqlens, b, B, T, first // SPAN, tl.cdiv(N, SPAN), H * D, QUERIES, D, WIDTH)
     if first < n:
-        if LOOP == 0:
-            ks = tiles(k_ptr, n, x_row, x_channel, KEYS, D, WIDTH, True)
-            vs = tiles(v_ptr, n, x_row, x_channel, KEYS, D, WIDTH, False)
+        scale = tl.maximum(scale, LEAST) * LOG2E
+        last = 0 if LOOP == 0 else (n - 1) // LOOP * LOOP
+        ks = tiles(k_ptr + last * x_row, n - last, x_row, x_channel, KEYS, D, WIDTH, PACKED, True)
+        vs = tiles(v_ptr + last * x_row, n - last, x_row, x_channel, KEYS, D, WIDTH, PACKED, False)
         for start in range(first, tl.minimum(first + SPAN, n), QUERIES):
             row = start + tl.arange(0, QUERIES)
             q = load(q_ptr, row, n, x_row, x_channel, D, WIDTH)
             acc = tl.zeros((QUERIES, WIDTH), tl.float32)
             total = tl.zeros((QUERIES,), tl.float32)
-            if LOOP == 0:
-                scores, peak = all_scores(q, ks, n, scale * LOG2E, qkv, KEYS, QUERIES, WIDE)
-                for i in tl.static_range(len(scores)):
-                    p = tl.exp2(scores[i] - peak[:, None])
-                    total += tl.sum(p, 1)
-                    acc = dot(p, vs[i], acc, qkv, WIDE)
-            else:
-                peak = tl.full((QUERIES,), float("-inf"), tl.float32)
-                for at in range(0, n, LOOP):
+            scores, peak = all_scores(q, ks, n - last, qkv, KEYS, QUERIES, PACKED, WIDE)
+            shift = shift_of(peak, scale)
+            for i in tl.static_range(len(scores)):
+                p = tl.exp2(scores[i] * scale - shift[:, None])
+                total += tl.sum(p, 1)
+                acc = dot(p, vs[i], acc, qkv, WIDE)
+            if LOOP > 0:
+                for at in range(0, last, LOOP):
                     key = at + tl.arange(0, LOOP)
-                    k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH)
-                    p, fade, peak = online(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, WIDE), peak)
-                    total = total * fade + tl.sum(p, 1)
-                    v = load(v_ptr, key, n, x_row, x_channel, D, WIDTH)
-                    acc = dot(p, v, acc * fade[:, None], qkv, WIDE)
-            store(out + base * H * D + head * D, acc / total[:, None], row, n, H * D, D, WIDTH)
+                    k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH, True)
+                    weights, fade, peak = online(scores_of(q, k, at, n, qkv, LOOP, WIDE, True), peak, scale)
+                    total = total * fade + tl.sum(weights, 1)
+                    v = load(v_ptr, key, n, x_row, x_channel, D, WIDTH, True)
+                    acc = dot(weights, v, acc * fade[:, None], qkv, WIDE)
+            store(out + base * H * D + head * D, acc * (1.0 / total)[:, None], row, n, H * D, D, WIDTH)
 
 
 def refuses(device: torch.device, dtype: torch.dtype, *, fits: bool = True, **_) -> str | None:
@@ -220,10 +235,13 @@ def arguments(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen
         "WIDE": bool(triton.knobs.runtime.interpret)}  # the interpreter keeps bfloat16 as bits and would multiply those
 
 
-def keys_of(N: int, step: int) -> dict:
-    """One pass over N rounded up to 16, or a loop where that is asked for or N is too long."""
-    one = not step and N <= ONE_PASS
-    return {"KEYS": triton.cdiv(N, 16) * 16 if one else 0, "LOOP": 0 if one else step or 64}
+def keys_of(N: int, step: int, even: bool) -> dict:
+    """One pass over N rounded up to 16, or a loop where that is asked for or N is too long: even, or with a first step over what is left
+    after the others."""
+    if not step and N <= ONE_PASS:
+        return {"KEYS": triton.cdiv(N, 16) * 16, "LOOP": 0}
+    step = step or 64
+    return {"KEYS": step if even else triton.cdiv((N - 1) % step + 1, 16) * 16, "LOOP": step}
 
 
 def chosen(op: str, otherwise, qkv: Tensor, B: int, H: int, N: int, D: int) -> dict:
@@ -240,12 +258,14 @@ def launch(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: i
         return out.zero_()
     if in_float(qkv):
         return launch(qkv.float(), num_heads, cu_seqlens, max_seqlen, scale, config).to(qkv.dtype)
+    if scale < 0:
+        return launch(native.turned_over(qkv), num_heads, cu_seqlens, max_seqlen, -scale, config)
     config = config or chosen(OP, default, qkv, B, H, N, constants["D"])
     span = config["queries"] * config["spans"]
     with on(qkv.device):
         forward_kernel[(B * H * triton.cdiv(N, span),)](
             qkv, out, None if cu_seqlens is None else cu_seqlens.contiguous(), B, T, N, H, scale,
             *(qkv.stride() if cu_seqlens is None else (0, *qkv.stride())),
-            QUERIES=config["queries"], SPAN=span, **keys_of(N, config["keys"]), **constants,
+            QUERIES=config["queries"], SPAN=span, **keys_of(N, config["keys"], constants["PACKED"]), **constants,
             num_warps=config["num_warps"], num_stages=config["num_stages"])
     return out

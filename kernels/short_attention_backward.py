@@ -4,7 +4,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..native import short_attention as native
 from .short_attention import (
+    LEAST,
     LOG2E,
     all_scores,
     arguments,
@@ -20,6 +22,7 @@ from .short_attention import (
     online,
     place,
     scores_of,
+    shift_of,
     store,
     tiles,
     without_matrices,
@@ -38,7 +41,8 @@ def query_gradient_kernel(
 ):
     """dq, and for every query and head what `key_gradient_kernel` needs: log2 of the softmax's sum, and sum(dout * out).
 
-    grid (images * heads * tiles of QUERIES). Both come from the recomputed weights, so the forward stores nothing.
+    grid (images * heads * tiles of QUERIES). Both come from the recomputed weights, so the forward stores nothing. The scale is positive
+    or 0.
     """
     b, head, first, base, n = place(cu_seqlens, N, H, QUERIES, PACKED)
     q_ptr = begin(qkv, b, head, base, x_batch, x_row, x_channel, D, PACKED)
@@ -55,14 +59,16 @@ def query_gradient_kernel(
         total = tl.zeros((QUERIES,), tl.float32)
         delta = tl.zeros((QUERIES,), tl.float32)
         dq = tl.zeros((QUERIES, WIDTH), tl.float32)
+        unit = tl.maximum(scale, LEAST) * LOG2E
         if LOOP == 0:
-            ks = tiles(k_ptr, n, x_row, x_channel, KEYS, D, WIDTH, True)
-            vs = tiles(v_ptr, n, x_row, x_channel, KEYS, D, WIDTH, True)
-            scores, peak = all_scores(q, ks, n, scale * LOG2E, qkv, KEYS, QUERIES, WIDE)
+            ks = tiles(k_ptr, n, x_row, x_channel, KEYS, D, WIDTH, PACKED, True)
+            vs = tiles(v_ptr, n, x_row, x_channel, KEYS, D, WIDTH, PACKED, True)
+            scores, peak = all_scores(q, ks, n, qkv, KEYS, QUERIES, PACKED, WIDE)
+            shift = shift_of(peak, unit)
             weights = ()
             slopes = ()
             for i in tl.static_range(len(scores)):
-                p = tl.exp2(scores[i] - peak[:, None])
+                p = tl.exp2(scores[i] * unit - shift[:, None])
                 dp = dot(do, vs[i], tl.zeros(p.shape, tl.float32), qkv, WIDE)
                 total += tl.sum(p, 1)
                 delta += tl.sum(p * dp, 1)
@@ -78,20 +84,21 @@ def query_gradient_kernel(
                 k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH)
                 v = load_turned(v_ptr, key, n, x_row, x_channel, D, WIDTH)
                 dp = dot(do, v, tl.zeros((QUERIES, LOOP), tl.float32), qkv, WIDE)
-                p, fade, peak = online(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, WIDE), peak)
+                p, fade, peak = online(scores_of(q, k, at, n, qkv, LOOP, WIDE, False), peak, unit)
                 total = total * fade + tl.sum(p, 1)
                 delta = delta * fade + tl.sum(p * dp, 1)
             delta /= total
+            shift = shift_of(peak, unit)
             for at in range(0, n, LOOP):
                 key = at + tl.arange(0, LOOP)
                 k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH)
                 v = load_turned(v_ptr, key, n, x_row, x_channel, D, WIDTH)
-                p = tl.exp2(scores_of(q, k, at, n, scale * LOG2E, qkv, LOOP, WIDE) - peak[:, None])
+                p = tl.exp2(scores_of(q, k, at, n, qkv, LOOP, WIDE, False) * unit - shift[:, None])
                 dp = dot(do, v, tl.zeros((QUERIES, LOOP), tl.float32), qkv, WIDE)
                 dq = dot(p * (dp - delta[:, None]), tl.trans(k), dq, qkv, WIDE)
         store(dqkv + base * 3 * H * D + head * D, dq * (scale / total)[:, None], row, n, 3 * H * D, D, WIDTH)
         at = head * T + base + row
-        tl.store(peaks + at, peak + tl.log2(total), mask=row < n)
+        tl.store(peaks + at, shift + tl.log2(total), mask=row < n)
         tl.store(deltas + at, delta, mask=row < n)
 
 
@@ -166,6 +173,8 @@ def launch(dout: Tensor, qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None,
         return dqkv.zero_()
     if in_float(qkv):
         return launch(dout.float(), qkv.float(), num_heads, cu_seqlens, max_seqlen, scale, config).to(qkv.dtype)
+    if scale < 0:
+        return native.turned_over(launch(dout, native.turned_over(qkv), num_heads, cu_seqlens, max_seqlen, -scale, config))
     config = config or chosen(OP, default, qkv, B, H, N, constants["D"])
     peaks, deltas = torch.empty(2, H, T, dtype=torch.float32, device=qkv.device)
     packed = cu_seqlens is not None
@@ -173,7 +182,7 @@ def launch(dout: Tensor, qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None,
     tensors = (dout, qkv, dqkv, cu_seqlens.contiguous() if packed else None, peaks, deltas)
     with on(qkv.device):
         query_gradient_kernel[(B * H * triton.cdiv(N, config["queries"]),)](
-            *tensors, B, T, N, H, scale, *strides, QUERIES=config["queries"], **keys_of(N, config["keys"]), **constants,
+            *tensors, B, T, N, H, scale, *strides, QUERIES=config["queries"], **keys_of(N, config["keys"], True), **constants,
             num_warps=config["num_warps"], num_stages=config["num_stages"])
         key_gradient_kernel[(B * H * triton.cdiv(N, config["k_keys"]),)](
             *tensors, T, N, H, scale, *strides, QUERIES=config["k_queries"], KEYS=config["k_keys"], **constants,

@@ -15,7 +15,7 @@ def random_case(seed, real):
     H, D = (2, 64) if real else (int(rng.integers(1, 4)), int(rng.integers(1, 9)) * 16)
     B, least, most = (2, 64, 260) if real else (B := int(rng.integers(1, 5)), 0, int(rng.choice((64, 128, 256))) // (B * H))
     return {"H": H, "D": D, "lengths": rng.integers(least, most + 1, B).tolist(), "packed": rng.random() < 0.5, "real": real,
-            "dtype": DTYPES[rng.integers(3)], "scale": (None, 0.05, 2 * D ** -0.5, -0.1)[rng.integers(4)],
+            "dtype": DTYPES[rng.integers(3)], "scale": (None, 0.05, 2 * D ** -0.5, -0.1, 0.0)[rng.integers(5)],
             "spare": int(rng.integers(0, 20)), "tiles": int(rng.choice((1, 4) if real else (0, 1, 2, 3, 4))), "seed": seed}
 
 

@@ -90,6 +90,11 @@ def test_forward_edges(name, device):
             torch.testing.assert_close(forward(name, (qkv, None, None, None), case).double(),
                                        run("reference", (qkv, qkv[..., :H * D], None, None), case, torch.Tensor.double)[0],
                                        rtol=rtol, atol=atol)
+    for slope in (0.02, 0.2, 2.0, -2.0):  # from key to key: sums are rescaled never, now and then, always
+        rising, case = torch.randn(1, 150, 48, device=device), {"H": 1, "D": 16, "scale": 1.0}
+        rising[..., 0], rising[..., 16] = 1, slope * torch.arange(150, device=device)
+        truth = run("reference", (rising, rising[..., :16], None, None), case, torch.Tensor.double)[0]
+        torch.testing.assert_close(forward(name, (rising, None, None, None), case).double(), truth, rtol=1e-3, atol=1e-3)
     bad, case = torch.randn(3, 20, 96, device=device), {"H": 2, "scale": None}
     bad[1, 7] = torch.nan
     out = forward(name, (bad, None, None, None), case)

@@ -5,6 +5,7 @@
 #include "params.h"
 
 constexpr float LOG2E = 1.44269504f;
+constexpr float LAG = 8;  // powers of two that a row's weights may grow to before sums are rescaled, which costs as much as their products
 
 template <typename T, int WIDTH>  // WIDTH: D rounded up
 __device__ void attend(const ShortAttentionParams &p) {
@@ -76,7 +77,6 @@ __device__ void attend(const ShortAttentionParams &p) {
 
       float highest[2] = {peak[0], peak[1]};
       UNROLL for (int j = 0; j < KEYS / 16; j++) {
-        UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) s[j][i][e] *= scale;
         if (start + j * 16 + 16 > n) UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++)
           if (start + j * 16 + i * 8 + t + e % 2 >= n) s[j][i][e] = -infinity();
         UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) highest[e / 2] = fmaxf(highest[e / 2], s[j][i][e]);
@@ -84,13 +84,16 @@ __device__ void attend(const ShortAttentionParams &p) {
       UNROLL for (int r = 0; r < 2; r++) {  // the four threads of a row agree
         highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 1));
         highest[r] = fmaxf(highest[r], __shfl_xor_sync(0xffffffffu, highest[r], 2));
-        const float shift = highest[r] == -infinity() ? 0 : highest[r], factor = exp2_approximate(peak[r] - shift);
-        peak[r] = highest[r], highest[r] = shift;
-        sum[r] *= factor;
-        UNROLL for (int i = 0; i < WIDTH / 8; i++) o[i][2 * r] *= factor, o[i][2 * r + 1] *= factor;
       }
+      if (__ballot_sync(0xffffffffu, (highest[0] - peak[0]) * scale > LAG || (highest[1] - peak[1]) * scale > LAG))
+        UNROLL for (int r = 0; r < 2; r++) {
+          const float factor = highest[r] == -infinity() ? 0 : exp2_approximate((peak[r] - highest[r]) * scale);
+          peak[r] = highest[r], sum[r] *= factor;
+          UNROLL for (int i = 0; i < WIDTH / 8; i++) o[i][2 * r] *= factor, o[i][2 * r + 1] *= factor;
+        }
+      const float shift[2] = {peak[0] == -infinity() ? 0 : peak[0] * scale, peak[1] == -infinity() ? 0 : peak[1] * scale};
       UNROLL for (int j = 0; j < KEYS / 16; j++) UNROLL for (int i = 0; i < 2; i++) UNROLL for (int e = 0; e < 4; e++) {
-        s[j][i][e] = exp2_approximate(s[j][i][e] - highest[e / 2]);
+        s[j][i][e] = exp2_approximate(s[j][i][e] * scale - shift[e / 2]);  // in one operation
         sum[e / 2] += s[j][i][e];
       }
       UNROLL for (int j = 0; j < KEYS / 16; j++)

@@ -7,6 +7,8 @@ from torch import Tensor
 from .. import native
 from . import KINDS, _native
 
+LEAST = 1e-37  # of a scale on a GPU, in place of 0: masked scores of -inf stay so
+
 
 def refuses_cpp(device: torch.device, dtype: torch.dtype, *, grad: bool = False, **_) -> str | None:
     """Why `cpp` cannot serve, or None. dtype: of qkv."""
@@ -36,6 +38,12 @@ def lengths(ends: list[int], rows: int, max_seqlen: int) -> list[int]:
         raise ValueError(f"short_attention: cu_seqlens must ascend from 0 to at most {rows} by at most max_seqlen={max_seqlen}, "
                          f"got {str(ends):.100}")
     return counts
+
+
+def turned_over(qkv: Tensor) -> Tensor:
+    """With queries of the opposite sign, for scales below 0: on a GPU the largest score is taken before they are scaled."""
+    third = qkv.shape[-1] // 3
+    return torch.cat([-qkv[..., :third], qkv[..., third:]], -1)
 
 
 def _output(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None) -> tuple[Tensor, int, int]:
@@ -77,6 +85,8 @@ def refuses_cuda(device: torch.device, dtype: torch.dtype, *, grad: bool = False
 
 def cuda(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int, scale: float) -> Tensor:
     """In one launch; cu_seqlens is not read back, and bounded by the kernel to the rows of qkv."""
+    if scale < 0:
+        return cuda(turned_over(qkv), num_heads, cu_seqlens, max_seqlen, -scale)
     out, rows, D = _output(qkv, num_heads, cu_seqlens)
     native.require("short_attention", qkv.dtype in KINDS and D % 16 == 0 and D <= 128, qkv)
     B, N = qkv.shape[:2] if cu_seqlens is None else (cu_seqlens.shape[0] - 1, max_seqlen)
@@ -90,7 +100,7 @@ def cuda(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: int
     width = next(w for w in (32, 64, 128) if D <= w)
     warps = 2 if width * qkv.element_size() > 256 else 4  # as in csrc/cuda/short_attention.cu
     params = _native.ShortAttentionParams(flat.data_ptr(), out.data_ptr(), 0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-                                          (B, num_heads, N, D, rows), flat.stride(0), scale, qkv.dtype == torch.bfloat16)
+                                          (B, num_heads, N, D, rows), flat.stride(0), max(scale, LEAST), qkv.dtype == torch.bfloat16)
     native.launch("short_attention", f"short_attention_{KINDS[qkv.dtype]}_{width}", (B * num_heads * -(-N // (16 * warps)), 1),
                   32 * warps, params, qkv.device)
     return out
