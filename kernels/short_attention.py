@@ -127,8 +127,8 @@ def shift_of(peak, scale):
 def online(s, peak, scale):
     """A step of the softmax with rescaling: exponentials of this tile, the factor for sums so far, the new maximum."""
     higher = tl.maximum(peak, tl.max(s, 1))
-    shift = shift_of(higher, scale)
-    return tl.exp2(s * scale - shift[:, None]), tl.exp2(peak * scale - shift), higher
+    top = tl.where(higher == float("-inf"), 0.0, higher)
+    return tl.exp2(s * scale - (top * scale)[:, None]), tl.exp2((peak - top) * scale), higher  # the factor is 1 where nothing is higher
 
 
 @triton.jit
@@ -155,10 +155,11 @@ def forward_kernel(
     if PACKED:
         zero_tail(out + head * D, cu_seqlens, b, B, T, first // SPAN, tl.cdiv(N, SPAN), H * D, QUERIES, D, WIDTH)
     if first < n:
-        scale = tl.maximum(scale, LEAST) * LOG2E
-        last = 0 if LOOP == 0 else (n - 1) // LOOP * LOOP
-        ks = tiles(k_ptr + last * x_row, n - last, x_row, x_channel, KEYS, D, WIDTH, PACKED, True)
-        vs = tiles(v_ptr + last * x_row, n - last, x_row, x_channel, KEYS, D, WIDTH, PACKED, False)
+        scale = tl.maximum(scale, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
+        last = n * 0 if LOOP == 0 else (n - 1) // LOOP * LOOP
+        skipped = last.to(tl.int64) * x_row
+        ks = tiles(k_ptr + skipped, n - last, x_row, x_channel, KEYS, D, WIDTH, PACKED, True)
+        vs = tiles(v_ptr + skipped, n - last, x_row, x_channel, KEYS, D, WIDTH, PACKED, False)
         for start in range(first, tl.minimum(first + SPAN, n), QUERIES):
             row = start + tl.arange(0, QUERIES)
             q = load(q_ptr, row, n, x_row, x_channel, D, WIDTH)

@@ -59,7 +59,7 @@ def query_gradient_kernel(
         total = tl.zeros((QUERIES,), tl.float32)
         delta = tl.zeros((QUERIES,), tl.float32)
         dq = tl.zeros((QUERIES, WIDTH), tl.float32)
-        unit = tl.maximum(scale, LEAST) * LOG2E
+        unit = tl.maximum(scale, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
         if LOOP == 0:
             ks = tiles(k_ptr, n, x_row, x_channel, KEYS, D, WIDTH, PACKED, True)
             vs = tiles(v_ptr, n, x_row, x_channel, KEYS, D, WIDTH, PACKED, True)

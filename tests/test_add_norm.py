@@ -35,6 +35,8 @@ def test_registered():
     op = torch.ops.vitprune.add_norm.default
     check_operator(op, [x, r, weight, bias, gamma, 1e-5, "reference"], (0, 1, 2, 3, 4))
     check_operator(op, [x, r, weight, None, None, 1e-5, "reference"], (0, 1, 2))
+    for like, scale in ((x.new_empty(0), None), (torch.empty(0), None), (r, gamma)):
+        torch.library.opcheck(torch.ops.vitprune.add_norm_backward.default, (x, r, x + r, like, weight, scale, 1e-5, "reference"))
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -82,4 +82,4 @@ def test_eager_evaluation_costs_the_host_little():
             finally:
                 sys.setprofile(None)
         return count
-    assert 100 < calls(dense.blocks[0]) < calls(pruned.blocks[0]) < 1.6 * calls(dense.blocks[0])
+    assert 0 < calls(dense.blocks[0]) < calls(pruned.blocks[0]) < 1.6 * calls(dense.blocks[0])

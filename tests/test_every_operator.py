@@ -228,6 +228,17 @@ def test_offsets_past_two_to_the_31(case, far):
                         torch.testing.assert_close(got, same, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")
+def test_offsets_past_two_to_the_31_in_a_loop(far):
+    """The first step of short_attention's loop begins that far on."""
+    from vitprune.kernels import short_attention
+    qkv = torch.randn(1, 130, 48).half()
+    config = {"queries": 64, "spans": 3, "keys": 64, "num_warps": 4, "num_stages": 1}
+    got, expected = (short_attention.launch(t, 1, None, None, 0.25, config) for t in (far(qkv, 1), qkv))
+    torch.testing.assert_close(got, expected)
+
+
 @ON_GPU
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("case", cases.CASES)

@@ -59,6 +59,27 @@ def test_half_of_the_concatenation_is_not_multiplied():
     assert counter.get_total_flops() // 2 == 2 * (N * (C * C + C * C // 4 + C * C // 8 + C // 2) + C * C // 4)
 
 
+def test_the_last_layer_is_called_as_a_module():
+    """A hook sees it, and one that was put in its place computes it; so in a predictor that something wraps."""
+    class Wrapped(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.inner, name)
+
+    x, predictor, _ = case(2, 16, 32, False)
+    seen = []
+    predictor.out_conv[4].register_forward_hook(lambda *_: seen.append(1) or _[-1].flip(-1))
+    with torch.no_grad(), ops.backend("split"):
+        torch.testing.assert_close(ops.score_tokens(x, Wrapped(predictor)), predictor(x)[..., 0].exp().logit(), rtol=1e-9, atol=1e-9)
+    assert len(seen) == 2
+
+
 def test_bad_input():
     x, predictor, _ = case(2, 5, 16, False)
     with pytest.raises(ValueError, match=r"score_tokens: patches must be \[B, N, 16\], got \(2, 5, 15\)"):

@@ -184,7 +184,7 @@ def test_a_bad_teacher_is_named():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_step_does_not_wait_for_a_gpu():
-    """Nothing is read back: the host prepares a step while the GPU is busy with the one before."""
+    """Nothing is read back but the state of the loss, once the backward pass is queued: the host prepares a step while the GPU is busy."""
     dense = vit().cuda().eval()
     model = prune(dense, TokenPruning(0.7, at=(1, 2, 3))).cuda()
     run = Run(model, replace(CONFIG, clip_grad=1.0, amp="bfloat16"), 4, dense)
@@ -208,7 +208,7 @@ def test_a_bad_gradient_is_named(found, tmp_path):
     run.waits = found == "at once"
     run.step(0, images, labels)
     bad.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), float("nan")))
-    named = "gradients are not finite at epoch 0, step 1; first non-finite: gradient of blocks.2.mlp.fc1.weight"
+    named = "gradients are not finite at epoch 0, step 1; first non-finite: norm of the gradient of blocks.2.mlp.fc1.weight"
     if found != "at once":
         run.step(1, images, labels)
     with pytest.raises(NonFiniteLoss, match=named):

@@ -179,7 +179,7 @@ class Run:
         active = [p for group in groups for p in group["params"] if p.grad is not None]
         if not active:
             return
-        norms = torch.stack(torch._foreach_norm([p.grad for p in active]))
+        norms = torch.stack(torch._foreach_norm([p.grad for p in active]))  # one by one: `settle` tells whose is not finite
         norm = torch.linalg.vector_norm(norms)
         nn.utils.clip_grads_with_norm_(active, limit, norm)
         if not self.scaler.is_enabled():  # it skips such a step
@@ -188,8 +188,8 @@ class Run:
                 self.settle()
 
     def settle(self) -> None:
-        """Raise NonFiniteLoss where the last step's gradients were not finite. On a GPU that is known after the update only, since nothing
-        waits for it: weights are to be used or saved after this."""
+        """Raise NonFiniteLoss where the last step's gradients, if they were clipped, were not finite. On a GPU that is known after the
+        update only, since nothing waits for it: weights are to be used or saved after this."""
         if self.unchecked is None:
             return
         (place, active, norms), self.unchecked = self.unchecked, None
@@ -197,7 +197,7 @@ class Run:
         if whole:
             return
         bad = {p for p, good in zip(active, finite) if not good}  # the same in every process
-        where = next((f"gradient of {name}" for name, p in self.model.named_parameters() if p in bad), "their norm")
+        where = next((f"norm of the gradient of {name}" for name, p in self.model.named_parameters() if p in bad), "their norm")
         raise NonFiniteLoss(f"train: the gradients are not finite {place}; first non-finite: {where}")
 
     @property

@@ -131,7 +131,8 @@ def train(model: nn.Module, loaders: tuple, config: TrainConfig, teacher: nn.Mod
         checkpoints: `resume.Checkpoints` to continue from and to save to, or None.
 
     Raises:
-        NonFiniteLoss: naming the first tensor that is not finite.
+        NonFiniteLoss: naming the first tensor that is not finite. A GPU has made the update by then where that is a gradient; what
+            checkpoints hold is from before.
         Stopped: after SIGTERM or SIGINT, where there are checkpoints, with everything saved.
     """
     training, held_out = loaders

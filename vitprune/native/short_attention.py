@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import native
 from . import KINDS, _native
 
-LEAST = 1e-37  # of a scale on a GPU, in place of 0: masked scores of -inf stay so
+LEAST = 1e-37  # of a scale on a GPU, in place of 0, by which a masked score of -inf would become NaN
 
 
 def refuses_cpp(device: torch.device, dtype: torch.dtype, *, grad: bool = False, **_) -> str | None:

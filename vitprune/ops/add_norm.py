@@ -60,11 +60,10 @@ def _backward(ds, dy, s, residual, weight, gamma, eps: float, backend: str) -> t
     dn = dy * weight.to(dtype)
     dx = (dn - dn.mean(-1, keepdim=True) - normal * (dn * normal).mean(-1, keepdim=True)) * rstd + ds.to(dtype)
     rows = tuple(range(s.dim() - 1))
-    shared, none = alike(s, residual, gamma), weight.new_empty(0)
     dresidual = dx if gamma is None else dx * gamma.to(dtype)
-    dgamma = none if gamma is None else (dx * residual.to(dtype)).sum(rows).to(weight.dtype)
-    return (dx.to(s.dtype), none.to(residual.dtype) if shared else dresidual.to(residual.dtype, copy=True),
-            (dy * normal).sum(rows).to(weight.dtype), dy.sum(rows).to(weight.dtype), dgamma)
+    dresidual = residual.new_empty(0) if alike(s, residual, gamma) else dresidual.to(residual.dtype, copy=True)
+    dgamma = weight.new_empty(0) if gamma is None else (dx * residual.to(dtype)).sum(rows).to(weight.dtype)
+    return dx.to(s.dtype), dresidual, (dy * normal).sum(rows).to(weight.dtype), dy.sum(rows).to(weight.dtype), dgamma
 
 
 def _setup(ctx, inputs, output) -> None:

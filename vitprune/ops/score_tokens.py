@@ -25,7 +25,7 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
 
 
 def _layers(predictor: nn.Module, name: str) -> list[nn.Module]:
-    return [*predictor._modules[name]._modules.values()]  # an index or a slice of a Sequential takes longer than a small product
+    return [*getattr(predictor, name)._modules.values()]  # an index or a slice of a Sequential takes longer than a small product
 
 
 def reference(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Tensor:
@@ -49,7 +49,7 @@ def split(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Tensor:
     w_local, w_shared = weight.chunk(2, dim=1)
     shared = F.linear(shared, w_shared, bias)
     x = F.gelu(F.linear(local, w_local) + shared[:, None])
-    keep, drop = F.linear(linear(x, *weight_and_bias(third), gelu=True), *weight_and_bias(last)).unbind(-1)
+    keep, drop = last(linear(x, *weight_and_bias(third), gelu=True)).unbind(-1)
     return keep - drop
 
 

@@ -56,7 +56,7 @@ def gather(w: Tensor | None, dim: int, live: Tensor, width: int) -> Tensor | Non
 
 
 def spread(like: Tensor, dim: int, live: Tensor, width: int, values: Tensor) -> Tensor:
-    """The inverse: zeros like `like` but for the live blocks along dim, which are the values."""
+    """The inverse of `gather`: zeros like `like` but for the live blocks along dim, which are the values."""
     full = torch.zeros_like(like)
     blocks = values.unflatten(dim, (live.shape[0], width)).to(like.dtype)
     full.unflatten(dim, (like.shape[dim] // width, width)).index_copy_(dim, live.long(), blocks)
