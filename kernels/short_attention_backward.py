@@ -84,11 +84,11 @@ def query_gradient_kernel(
                 k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH)
                 v = load_turned(v_ptr, key, n, x_row, x_channel, D, WIDTH)
                 dp = dot(do, v, tl.zeros((QUERIES, LOOP), tl.float32), qkv, WIDE)
-                p, fade, peak = online(scores_of(q, k, at, n, qkv, LOOP, WIDE, False), peak, unit)
+                p, fade, peak = online(scores_of(q, k, at, n, qkv, LOOP, WIDE, False) * unit, peak, 1.0)
                 total = total * fade + tl.sum(p, 1)
                 delta = delta * fade + tl.sum(p * dp, 1)
             delta /= total
-            shift = shift_of(peak, unit)
+            shift = shift_of(peak, 1.0)
             for at in range(0, n, LOOP):
                 key = at + tl.arange(0, LOOP)
                 k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH)
