@@ -34,12 +34,13 @@ def triton(tensors, case):
 
 def check(case, device, lucky):
     """Errors at most twice plain PyTorch's, which may round every value luckily; or two units in the last place of the largest value:
-    half for the result, the rest for weights and their gradients, which both round on the way."""
-    tensors = tensors_of(case, device)
+    half for the result, the rest for weights and their gradients, which both round on the way. In float32 more: some processors' numpy sums
+    q k and k q in orders of their own (see BACKWARD), whose scores of 30 then differ by many units of a gradient of 4."""
+    tensors, units = tensors_of(case, device), 32 if case["dtype"] == torch.float32 else 2
     got, plain, truth = triton(tensors, case), run("reference", tensors, case), run("reference", tensors, case, torch.Tensor.double)
     for a, b, c in zip(got, plain, truth):
         assert a.dtype == b.dtype and a.shape == b.shape
-        lucky.append(within_twice_unless_lucky(a, b, c, units=2))
+        lucky.append(within_twice_unless_lucky(a, b, c, units=units))
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
