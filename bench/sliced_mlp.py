@@ -21,24 +21,25 @@ def shapes(device: torch.device, brief: bool):
     return [(B * 197, 64 * H) for H in ([12] if brief else HEADS.values()) for B in ((128, 1) if brief else (1, 8, 32, 128, 512))]
 
 
-def mlp(x, w1, b1, w2, b2, live):
-    return sliced_mlp(x, w1, b1, w2, b2, live)
+def mlp(x, w1, b1, w2, b2, residual, live):
+    return sliced_mlp(x, w1, b1, w2, b2, live, residual=residual)
 
 
-def heads(x, w1, b1, w2, b2, live):
+def heads(x, w1, b1, w2, b2, residual, live):
     """The projections of attention: in over live heads, out over live heads. The weights of the MLP serve: 4 C rows, C columns."""
     return sliced_linear(sliced_linear(x, w1, b1, live, side="out"), w2, b2, live, side="in")
 
 
-def compacted(x, w1, b1, w2, b2, live, gelu: bool):
-    """What a compacted model calls: the live weights lie side by side already (gathered before the clock starts)."""
+def compacted(x, w1, b1, w2, b2, residual, live, block: bool):
+    """PyTorch's calls where the live weights lie side by side already (gathered before the clock starts). block: an MLP's, with its GELU
+    and residual."""
     y = F.linear(x, w1, b1)
-    return F.linear(F.gelu(y) if gelu else y, w2, b2)
+    return residual + F.linear(F.gelu(y), w2, b2) if block else F.linear(y, w2, b2)
 
 
 def candidates(operator, device: torch.device, dtype: torch.dtype) -> dict:
     """Name -> (function, whether it takes compacted weights), or the reason why there is none."""
-    compact = functools.partial(compacted, gelu=operator is mlp)
+    compact = functools.partial(compacted, block=operator is mlp)
     return {"gather, then library": (forced("reference", operator), False),
             "gather, compiled": (forced("reference", torch.compile(operator, dynamic=False)), False),
             "library on compacted": (compact, True), "compiled on compacted": (torch.compile(compact, dynamic=False), True),
@@ -59,9 +60,10 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
             torch._dynamo.reset()
             live = masks.live(C, fraction).to(device)
             index = block_index(live, 64)
+            live = None if fraction == 1 and operator is mlp else live  # nothing pruned, or compacted: no list to follow
             random = functools.partial(torch.randn, device=device, dtype=DTYPES[kind])
-            full = [random(M, C), random(4 * C, C) / C ** 0.5, random(4 * C), random(C, 4 * C) / C ** 0.5, random(C)]
-            small = [full[0], full[1][index], full[2][index], full[3][:, index].contiguous(), full[4]]
+            full = [random(M, C), random(4 * C, C) / C ** 0.5, random(4 * C), random(C, 4 * C) / C ** 0.5, random(C), random(M, C)]
+            small = [full[0], full[1][index], full[2][index], full[3][:, index].contiguous(), *full[4:]]
             for backward in (False, True):
                 ready, refused = {}, {}
                 for name, (f, compact) in candidates(operator, device, DTYPES[kind]).items():
@@ -75,7 +77,7 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
                     columns = timed(ready, device, min_time)
                 weights = (2 * C + 1) * len(index) + C
                 # Inputs, outputs and weights; what lies between could stay on chip.
-                moved = full[0].element_size() * (2 * M * C + weights + backward * (3 * M * C + 2 * weights))
+                moved = full[0].element_size() * ((2 + (operator is mlp)) * M * C + weights + backward * (3 * M * C + 2 * weights))
                 macs = 2 * M * C * len(index) * (3 if backward else 1)
                 row = {"operator": "sliced_mlp" if operator is mlp else "sliced_linear, out and in", "rows": M, "C": C, "live": fraction,
                        "dtype": kind, "pass": "forward+backward" if backward else "forward", "bytes": moved, "macs": macs, **columns,

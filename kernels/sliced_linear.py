@@ -3,6 +3,7 @@ import functools
 
 from torch import Tensor
 
+from ..native.sliced_product import units
 from ..ops.sliced_linear import by_products, gradients_by_products
 from . import configs
 from .policy_attention import on
@@ -13,9 +14,9 @@ OP = "sliced_linear"
 __all__ = ["candidates", "default", "launch", "launch_backward", "refuses"]
 
 
-def configured(op: str, x: Tensor, w: Tensor, live: Tensor, width: int) -> dict:
+def configured(op: str, x: Tensor, w: Tensor, live: Tensor | None, width: int) -> dict:
     """The launch configuration of that operator for x [..., C]."""
-    arch, shape = configs.capability(x.device), (("M", x.shape[:-1].numel()), ("C", w.shape[1]), ("L", len(live) * width))
+    arch, shape = configs.capability(x.device), (("M", x.shape[:-1].numel()), ("C", w.shape[1]), ("L", units(w.shape[0], live, width)))
     return configs.nearest(op, arch, x.dtype, shape) or default(x.dtype, arch, **dict(shape))
 
 

@@ -13,15 +13,15 @@ OP = "sliced_mlp"
 __all__ = ["candidates", "default", "launch", "launch_backward", "refuses"]
 
 
-def launch(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor, residual: Tensor | None, width: int,
-           config: dict | None = None) -> Tensor:
+def launch(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor | None, residual: Tensor | None,
+           width: int, config: dict | None = None) -> Tensor:
     """`vitprune.ops.sliced_mlp`."""
     config = config or configured(OP, x, w1, live, width)
     with on(x.device):
         return by_products(functools.partial(product, config=config), x, w1, b1, w2, b2, live, residual, width)
 
 
-def launch_backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, live: Tensor, width: int,
+def launch_backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, live: Tensor | None, width: int,
                     config: dict | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1, w2 and b2."""
     config = config or configured(OP, x, w1, live, width)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..native.sliced_product import units
 from .policy_attention import dot
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -191,17 +192,17 @@ def refuses(device: torch.device, dtype: torch.dtype, *, width: int = 64, **_) -
     return None if width % 16 == 0 else f"no kernel for blocks of width {width}: a multiple of 16 is needed"
 
 
-def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor, width: int, *, config: dict, live_rows: bool = False, live_columns: bool = False,
-            full_columns: bool = False, live_depth: bool = False, bias: Tensor | None = None, other: Tensor | None = None,
-            epilogue: str = "") -> Tensor:
-    """c = epilogue(a b + bias) (+ other), where c, b or both hold all units and `live` names the blocks that take part.
+def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor | None, width: int, *, config: dict, live_rows: bool = False,
+            live_columns: bool = False, full_columns: bool = False, live_depth: bool = False, bias: Tensor | None = None,
+            other: Tensor | None = None, epilogue: str = "") -> Tensor:
+    """c = epilogue(a b + bias) (+ other), where c, b or both hold all units and `live` names the blocks that take part (None: all).
 
     a [M, K]; b [K, N], all units along its depth (live_depth) or columns (live_columns); c [M, N], all units along its rows
     (live_rows) or columns (full_columns); bias as b's columns; other [M, N] is added, or for the epilogue "gelu gradient" the input of the
     GELU, which its output replaces. Strides are free. Returns c; what is dead in it is left alone.
     """
     M, K = a.shape
-    N = len(live) * width if live_columns else b.shape[1]
+    N = units(b.shape[1], live if live_columns else None, width)
     if M == 0 or N == 0:
         return c
     gradient = live_rows or full_columns
@@ -210,19 +211,20 @@ def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor, width: int, *, config
     if epilogue == "gelu gradient":  # it holds two tiles
         columns = min(columns, 64)
         warps = 8 if rows * columns > 4096 else warps
-    depth = min(depth, width & -width) if live_depth else depth  # the largest step that crosses no block
+    some = live is not None
+    depth = min(depth, width & -width) if live_depth and some else depth  # the largest step that crosses no block
     tiles, out = triton.cdiv(M, rows) * triton.cdiv(N, columns), c
     parts = max(1, min(config["programs"] // tiles, triton.cdiv(K, 4 * depth))) if gradient else 1
-    flags = {"LIVE_ROWS": live_rows, "FULL_COLUMNS": full_columns, "WIDTH": width}
+    flags = {"LIVE_ROWS": live_rows and some, "FULL_COLUMNS": full_columns and some, "WIDTH": width}
     if parts > 1:
         out, direct = torch.empty(parts, M, N, dtype=torch.float32, device=c.device), {"LIVE_ROWS": False, "FULL_COLUMNS": False}
     else:
         out, direct = c[None], {}
     product_kernel[(tiles, parts)](
         a, b, out, bias, other, live, M, N, K, *a.stride(), *b.stride(), *out.stride(), *((0, 0) if other is None else other.stride()),
-        **(flags | direct), LIVE_COLUMNS=live_columns, LIVE_DEPTH=live_depth, EPILOGUE=epilogue, EVEN_ROWS=gradient and M % rows == 0,
-        EVEN_COLUMNS=N % columns == 0, EVEN_DEPTH=not gradient and K % depth == 0, ROWS=rows, COLUMNS=columns, DEPTH=depth, GROUP=8,
-        num_warps=warps, num_stages=stages)
+        **(flags | direct), LIVE_COLUMNS=live_columns and some, LIVE_DEPTH=live_depth and some, EPILOGUE=epilogue,
+        EVEN_ROWS=gradient and M % rows == 0, EVEN_COLUMNS=N % columns == 0, EVEN_DEPTH=not gradient and K % depth == 0,
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, GROUP=8, num_warps=warps, num_stages=stages)
     if parts > 1:
         sum_parts_kernel[(triton.cdiv(M, 32) * triton.cdiv(N, 32),)](out, c, live, parts, M, N, *c.stride(), **flags,
                                                                     ROWS=32, COLUMNS=32, num_warps=4)

@@ -45,7 +45,8 @@ def results(function, args, ups):
 def test_one_recompilation_serves_every_size(case, name, device):
     """Whole graphs, forward and backward: the first sizes seen, then one for all others."""
     function, first, _ = prepared(case, SMALL, device)
-    weights = {"sliced_linear out": (1, 2, 3), "sliced_linear in": (1, 2, 3), "sliced_mlp": (1, 2, 3, 4, 5)}.get(case, ())
+    weights = {"sliced_linear out": (1, 2, 3), "sliced_linear in": (1, 2, 3), "sliced_mlp": (1, 2, 3, 4, 5),
+               "sliced_mlp dense": (1, 2, 3, 4)}.get(case, ())
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
@@ -178,7 +179,7 @@ def test_a_sign_that_is_only_noted_counts():
 
 NAMES = {"select_tokens": "x scores", "compact_tokens": "x keep", "expand_rows": "rows cu_seqlens keep",
          "add_norm": "x residual weight bias", "short_attention packed": "qkv cu_seqlens", "sliced_linear out": "x w b live",
-         "sliced_linear in": "x w b live", "sliced_mlp": "x w1 b1 w2 b2 live residual"}
+         "sliced_linear in": "x w b live", "sliced_mlp": "x w1 b1 w2 b2 live residual", "sliced_mlp dense": "x w1 b1 w2 b2 residual"}
 
 
 @pytest.mark.parametrize("case, name", [(case, name) for case, names in NAMES.items() for name in names.split()[1:]])

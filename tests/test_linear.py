@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitprune
 from vitprune import ops
 from vitprune.layers import PrunedMlp
+from vitprune.ops import registry
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -53,6 +54,18 @@ def test_hooks_and_replaced_layers_are_honoured():
         out = mlp(torch.ones(1, 2, 8))
         expected = mlp.fc2(nn.functional.gelu(mlp.fc1(torch.ones(1, 2, 8))))
     assert seen == ["act"] and torch.allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("change, one", [
+    (lambda mlp: None, True), (lambda mlp: mlp.act.register_forward_hook(lambda *_: None), False),
+    (lambda mlp: mlp.drop1.register_forward_pre_hook(lambda *_: None), False), (lambda mlp: setattr(mlp.drop1, "p", 0.5), False),
+    (lambda mlp: setattr(mlp, "fc2", nn.Sequential(mlp.fc2)), False), (lambda mlp: mlp.set_live([0], width=8), True)])
+def test_off_the_cpu_the_mlp_is_one_operator_where_nobody_looks_inside(change, one):
+    mlp = PrunedMlp(8, 16, device="meta")
+    change(mlp)
+    with registry.watch() as asked:
+        assert mlp(torch.ones(2, 3, 8, device="meta"), torch.ones(2, 3, 8, device="meta")).shape == (2, 3, 8)
+    assert ("sliced_mlp" in {op for op, *_ in asked}) == one
 
 
 @pytest.mark.parametrize("residual", [False, True])

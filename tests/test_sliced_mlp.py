@@ -19,15 +19,16 @@ def inputs():
     return [torch.randn(s, dtype=torch.float64) for s in shapes]
 
 
-@pytest.mark.parametrize("live", [[], [2], [0, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("live", [[], [2], [0, 3], [0, 1, 2, 3], None])
 @pytest.mark.parametrize("residual", [True, False])
 def test_is_the_masked_dense_mlp(live, residual):
     x, w1, b1, w2, b2 = inputs()
     mask = np.zeros(8)
-    mask[[2 * i + j for i in live for j in range(2)]] = 1
+    mask[[2 * i + j for i in (range(4) if live is None else live) for j in range(2)]] = 1
     hidden = gelu(x.numpy() @ w1.numpy().T + b1.numpy()) * mask
     expected = hidden @ w2.numpy().T + b2.numpy() + (x.numpy() if residual else 0)
-    got = ops.sliced_mlp(x, w1, b1, w2, b2, torch.tensor(live, dtype=torch.int32), width=2, residual=x if residual else None)
+    live = live if live is None else torch.tensor(live, dtype=torch.int32)
+    got = ops.sliced_mlp(x, w1, b1, w2, b2, live, width=2, residual=x if residual else None)
     np.testing.assert_allclose(got.numpy(), expected, atol=1e-12)
 
 
@@ -36,6 +37,7 @@ def test_registered():
     live, op = torch.tensor([0, 3], dtype=torch.int32), torch.ops.vitprune.sliced_mlp.default
     check_operator(op, [x, w1, b1, w2, b2, live, torch.randn_like(x), 2, "reference"], (0, 1, 2, 3, 4, 6))
     check_operator(op, [x, w1, None, w2, None, live, None, 2, "reference"], (0, 1, 3))
+    check_operator(op, [x, w1, b1, w2, b2, None, None, 64, "reference"], (0, 1, 2, 3, 4))
 
 
 def test_dead_units_get_exactly_zero():
@@ -52,7 +54,7 @@ TILES = [dict(zip(NAMES, tile)) for tile in ((), (128, 64, 64, 64, 128, 64), (64
 @st.composite
 def cases(draw, real: bool):
     blocks = 4 if real else draw(st.integers(1, 4))
-    live = draw(st.permutations(range(blocks)))[:draw(st.integers(0, blocks))]
+    live = draw(st.permutations(range(blocks)))[:draw(st.integers(0, blocks))] if draw(st.integers(0, 5)) else None
     heads, shape = draw(st.sampled_from((1, 2))), (draw(st.integers(0, 3)), draw(st.integers(0, 40)))
     shape = (4 // heads, draw(st.integers(64, 260))) if real else shape
     return {"shape": shape, "C": 64 * heads if real else draw(st.integers(1, 50)), "blocks": blocks, "live": live,
@@ -64,7 +66,8 @@ def cases(draw, real: bool):
 
 
 def describe(case):
-    return [str(case["dtype"]), f"width={case['width']}", f"live={len(case['live'])}/{case['blocks']}", f"tiles={case['tiles']}",
+    return [str(case["dtype"]), f"width={case['width']}", f"tiles={case['tiles']}",
+            "dense" if case["live"] is None else f"live={len(case['live'])}/{case['blocks']}",
             *(k for k in ("b1", "b2", "residual", "real") if case[k])]
 
 
@@ -79,7 +82,8 @@ def tensors_of(case, device):
     w1, w2 = random(hidden, C, scale=C ** -0.5), random(C, hidden, scale=hidden ** -0.5)
     b1, b2 = random(hidden, vary=False) if case["b1"] else None, random(C, vary=False) if case["b2"] else None
     residual = random(*case["shape"], C) if case["residual"] else None
-    return [x, w1, b1, w2, b2, residual], torch.tensor(case["live"], dtype=torch.int32, device=device), up
+    live = None if case["live"] is None else torch.tensor(case["live"], dtype=torch.int32, device=device)
+    return [x, w1, b1, w2, b2, residual], live, up
 
 
 def run(name, tensors, live, up, width, cast=lambda t: t):
@@ -101,7 +105,8 @@ def explored(name, device, count):
         for a, b, c in zip(got, plain, run("reference", tensors, live, up, case["width"], torch.Tensor.double), strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape
             lucky.append(within_twice_unless_lucky(a, b, c))
-        dead = torch.tensor([u for u in range(case["blocks"] * case["width"]) if u // case["width"] not in case["live"]],
+        dead = torch.tensor([u for u in range(case["blocks"] * case["width"])
+                             if case["live"] is not None and u // case["width"] not in case["live"]],
                             device=device, dtype=torch.long)
         assert not got[2].index_select(0, dead).any() and not got[4 if case["b1"] else 3].index_select(1, dead).any()
     explore(check, cases(False), cases(True), count, describe)
@@ -122,7 +127,8 @@ def test_cuda(name, device, count):
 
 @pytest.mark.parametrize("shape, C, width, blocks, live", [
     ((0, 197), 64, 64, 4, [1]), ((1, 0), 64, 64, 4, [1]), ((257, 1), 16, 16, 2, [1]), ((2, 15), 24, 64, 24, [3, 0, 23]),
-    ((1, 16), 48, 64, 48, [47, 1]), ((1, 17), 40, 64, 48, []), ((1, 50), 33, 128, 12, [11, 5]), ((1, 198), 32, 16, 96, [95, 0, 7])])
+    ((1, 16), 48, 64, 48, [47, 1]), ((1, 130), 48, 100, 1, None), ((1, 17), 40, 64, 48, []),
+    ((1, 50), 33, 128, 12, [11, 5]), ((1, 198), 32, 16, 96, [95, 0, 7])])
 @pytest.mark.parametrize("name, device", kernels("triton") + CUDA)
 def test_edges(name, device, shape, C, width, blocks, live):
     """Nothing, one, many images and tokens; hidden layers of DeiT-S and DeiT-B, and none of them alive."""
@@ -190,6 +196,7 @@ def test_triton_compiles(batch, dtype, arch, monkeypatch):
 
     def call():
         triton.launch(x, w1, b1, w2, b2, live, x, 64)
+        triton.launch(x, w1, b1, w2, b2, None, x, 64)
         triton.launch_backward(x, x, w1, b1, w2, live, 64)
     for kernel, args, options in record(monkeypatch, sliced_product, call):
         built = compile_launch(kernel, args, options, arch)

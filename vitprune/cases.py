@@ -119,13 +119,21 @@ def _sliced_mlp(s: Size, make: _Maker):
         make.normal(C, 4 * C, scale=(4 * C) ** -0.5), make.normal(C), make.live(4 * s.H, s.keep), make.normal(s.B, s.tokens, C)]
 
 
+def _dense_mlp(s: Size, make: _Maker):
+    """Of a compacted model: a share of the hidden units is left, the tokens are all there."""
+    C, hidden = 64 * s.H, 64 * max(1, round(4 * s.H * s.keep))
+    return (lambda x, w1, b1, w2, b2, residual: ops.sliced_mlp(x, w1, b1, w2, b2, None, residual=residual)), [
+        make.normal(s.B, s.tokens, C), make.normal(hidden, C, scale=C ** -0.5), make.normal(hidden),
+        make.normal(C, hidden, scale=hidden ** -0.5), make.normal(C), make.normal(s.B, s.tokens, C)]
+
+
 CASES: dict[str, Callable] = {  # operator, or operator and form -> (function, its tensors)
     "select_tokens": _select_tokens, "compact_tokens": _compact_tokens, "expand_rows": _expand_rows, "add_norm": _add_norm,
     "layer_norm": _layer_norm,
     "short_attention": _short_attention, "short_attention packed": _packed_attention, "policy_attention": _policy_attention,
     "score_tokens": _score_tokens,
     "sliced_linear out": lambda s, make: _sliced_linear(s, make, "out"), "sliced_linear in": lambda s, make: _sliced_linear(s, make, "in"),
-    "sliced_mlp": _sliced_mlp,
+    "sliced_mlp": _sliced_mlp, "sliced_mlp dense": _dense_mlp,
 }
 
 

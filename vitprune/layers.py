@@ -195,6 +195,13 @@ class PrunedMlp(Mlp):
         self.width = width
         _live_buffer(self, "hidden blocks", live, hidden // width if width else 0)
 
+    def _fuses(self) -> bool:
+        """Whether the dense MLP may be one operator: all is as timm made it, nothing lies between its products, nobody watches them."""
+        parts = self._modules
+        fc1, drop1, fc2 = parts["fc1"], parts["drop1"], parts["fc2"]
+        return (self.hidden_gate is None and type(fc1) is type(fc2) is nn.Linear and not (self.training and drop1.p > 0)
+                and not any(map(watched, (fc1, parts["act"], drop1, fc2))))
+
     @property
     def live_hidden(self) -> int:
         """The number of hidden units that are computed."""
@@ -206,7 +213,7 @@ class PrunedMlp(Mlp):
         fc1, drop1, fc2, drop2 = parts["fc1"], parts["drop1"], parts["fc2"], parts["drop2"]
         if residual is not None and self.training and drop2.p > 0:
             return residual + self(x)
-        if live is None:
+        if live is None and (x.is_cpu or not self._fuses()):  # there oneDNN has calls of its own
             y = drop(drop1, dense(fc1, x, parts["act"]))
             if self.hidden_gate is not None:
                 y = (y.unflatten(-1, (-1, self.width)) * self.hidden_gate().to(y.dtype)[:, None]).flatten(-2)

@@ -9,6 +9,11 @@ OP = "sliced_product"
 EPILOGUES = {"": 0, "gelu": 1, "gelu gradient": 2}
 
 
+def units(all_: int, live: Tensor | None, width: int) -> int:
+    """How many units are live, of that many."""
+    return all_ if live is None else len(live) * width
+
+
 def refuses(device: torch.device, dtype: torch.dtype, *, width: int = 64, **_) -> str | None:
     """Why `product` cannot serve, or None. dtype: of all tensors; width: of a block."""
     if reason := native.reason_cuda(device, OP):
@@ -18,17 +23,17 @@ def refuses(device: torch.device, dtype: torch.dtype, *, width: int = 64, **_) -
     return None if width % 16 == 0 else f"no kernel for blocks of width {width}: a multiple of 16 is needed"
 
 
-def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor, width: int, *, live_rows: bool = False, live_columns: bool = False,
+def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor | None, width: int, *, live_rows: bool = False, live_columns: bool = False,
             full_columns: bool = False, live_depth: bool = False, bias: Tensor | None = None, other: Tensor | None = None,
             epilogue: str = "") -> Tensor:
-    """c = epilogue(a b + bias) (+ other), where c, b or both hold all units and `live` names the blocks that take part.
+    """c = epilogue(a b + bias) (+ other), where c, b or both hold all units and `live` names the blocks that take part (None: all).
 
     a [M, K]; b [K, N], all units along its depth (live_depth) or columns (live_columns); c [M, N], all units along its rows
     (live_rows) or columns (full_columns); bias as b's columns; other [M, N] is added, or for the epilogue "gelu gradient" the input of the
     GELU, which its output replaces. Strides are free. Returns c; what is dead in it is left alone.
     """
     M, K = a.shape
-    N = len(live) * width if live_columns else b.shape[1]
+    N = units(b.shape[1], live if live_columns else None, width)
     if M == 0 or N == 0:
         return c
     a, columns = _aligned(a), b.stride(1) == 1
@@ -39,9 +44,9 @@ def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor, width: int, *, live_r
     size = 128 if tensor_cores and a.dtype != torch.float32 and enough else 64
     others = (0, 0) if other is None else other.stride()
     params = _native.SlicedProductParams(
-        (a.data_ptr(), b.data_ptr(), c.data_ptr(), *(0 if t is None else t.data_ptr() for t in (bias, other)), live.data_ptr()),
+        (a.data_ptr(), b.data_ptr(), c.data_ptr(), *(0 if t is None else t.data_ptr() for t in (bias, other, live))),
         (a.stride(0), b.stride(0), *c.stride(), *others), (M, N, K), width, width.bit_length() - 1 if width & width - 1 == 0 else -1,
-        (live_rows, live_columns, full_columns, live_depth), EPILOGUES[epilogue])
+        tuple(flag and live is not None for flag in (live_rows, live_columns, full_columns, live_depth)), EPILOGUES[epilogue])
     tiles = -(-M // size) * -(-N // size)
     native.launch(OP, f"{OP}_{KINDS[a.dtype]}_{size}_{'columns' if columns else 'depth'}", (tiles, 1), 2 * size, params, a.device)
     return c

@@ -50,13 +50,17 @@ def block_index(live: Tensor, width: int) -> Tensor:
     return (live.long()[:, None] * width + torch.arange(width, device=live.device)).flatten()
 
 
-def gather(w: Tensor | None, dim: int, live: Tensor, width: int) -> Tensor | None:
+def gather(w: Tensor | None, dim: int, live: Tensor | None, width: int) -> Tensor | None:
     """The live blocks of w along dim, side by side; in one call, since on a GPU those that list units take longer than the copy."""
-    return None if w is None else w.unflatten(dim, (w.shape[dim] // width, width)).index_select(dim, live).flatten(dim, dim + 1)
+    if w is None or live is None:
+        return w
+    return w.unflatten(dim, (w.shape[dim] // width, width)).index_select(dim, live).flatten(dim, dim + 1)
 
 
-def spread(like: Tensor, dim: int, live: Tensor, width: int, values: Tensor) -> Tensor:
+def spread(like: Tensor, dim: int, live: Tensor | None, width: int, values: Tensor) -> Tensor:
     """The inverse of `gather`: zeros like `like` but for the live blocks along dim, which are the values."""
+    if live is None:
+        return values.to(like.dtype)
     full = torch.zeros_like(like)
     blocks = values.unflatten(dim, (live.shape[0], width)).to(like.dtype)
     full.unflatten(dim, (like.shape[dim] // width, width)).index_copy_(dim, live.long(), blocks)

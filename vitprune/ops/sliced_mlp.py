@@ -14,12 +14,12 @@ from .sliced_linear import as_rows, check_live, gather, one_dtype, spread
 OP = "sliced_mlp"
 
 
-def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor, *,
+def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor | None, *,
                width: int = 64, residual: Tensor | None = None) -> Tensor:
     """residual + fc2(gelu(fc1(x))) over the live blocks of hidden units; GELU is exact (erf).
 
     x, residual [..., C]; w1 [F, C], b1 [F], w2 [C, F], b2 [C]; live int32 [L]: ids of live `width`-wide hidden blocks,
-    each once (the length is known on the host). b1, b2 and residual may be None. Returns [..., C].
+    each once (the length is known on the host), or None: every unit. b1, b2 and residual may be None. Returns [..., C].
     Gradients of dead units are exactly zero: how a dead block can come back says `sliced_linear`.
     Raises ValueError for arguments that do not fit together.
     """
@@ -29,45 +29,48 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     (w2.dim() == 2 and w2.shape[1] == hidden) or fail(OP, "w2", f"[C, F] with F = {hidden}", w2.shape)
     for name, t, n in (("b1", b1, hidden), ("b2", b2, w2.shape[0])):
         t is None or t.shape == (n,) or fail(OP, name, f"[{n}]", t if t is None else t.shape)
-    (is_int(width) and width > 0 and hidden % width == 0) or fail(OP, "width", f"a positive int that divides F = {hidden}", width)
-    check_live(OP, live, hidden // width)
+    facts = {"width": width, "large": large(prod(x.shape[:-1]))}
+    if live is None:
+        facts |= {"width": 64, "dense": True}
+    else:
+        (is_int(width) and width > 0 and hidden % width == 0) or fail(OP, "width", f"a positive int that divides F = {hidden}", width)
+        check_live(OP, live, hidden // width)
     out = (*x.shape[:-1], w2.shape[0])
     residual is None or residual.shape == out or fail(OP, "residual", f"{out}", residual if residual is None else residual.shape)
     x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
     on_device(OP, "x", x.device, w1=w1, b1=b1, w2=w2, b2=b2, live=live, residual=residual)
-    name = choose(OP, x.device, x.dtype, width=width, large=large(prod(x.shape[:-1])))
+    name = choose(OP, x.device, x.dtype, **facts)
     if residual is not None and (autocasts(x.device) or residual.dtype != x.dtype):  # it keeps its precision
         return residual + call(OP, name, x, w1, b1, w2, b2, live, None, width)
     return call(OP, name, x, w1, b1, w2, b2, live, residual, width)
 
 
-def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor,
+def reference(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor | None,
               residual: Tensor | None, width: int) -> Tensor:
     """The definition: gather the live weights, then the dense layers; where all are alive there is nothing to gather, in any order."""
-    if live.shape[0] * width < w1.shape[0]:
+    if live is not None and live.shape[0] * width < w1.shape[0]:
         w1, b1, w2 = gather(w1, 0, live, width), gather(b1, 0, live, width), gather(w2, 1, live, width)
     y = F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
     return y if residual is None else residual + y
 
 
-def by_products(product, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor,
+def by_products(product, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, live: Tensor | None,
                 residual: Tensor | None, width: int) -> Tensor:
     """`sliced_mlp` by a kernel's `product` (see vitprune.native.sliced_product)."""
     one_dtype(OP, x, w1=w1, b1=b1, w2=w2, b2=b2)
-    flat, live = as_rows(x), live.contiguous()
-    b1, b2 = (b if b is None else b.contiguous() for b in (b1, b2))
-    hidden = torch.empty(len(flat), len(live) * width, dtype=x.dtype, device=x.device)
+    flat, (live, b1, b2) = as_rows(x), (t if t is None else t.contiguous() for t in (live, b1, b2))
+    hidden = torch.empty(len(flat), native.units(w1.shape[0], live, width), dtype=x.dtype, device=x.device)
     y = torch.empty(len(flat), w2.shape[0], dtype=x.dtype, device=x.device)
     product(flat, w1.t(), hidden, live, width, live_columns=True, bias=b1, epilogue="gelu")
     product(hidden, w2.t(), y, live, width, live_depth=True, bias=b2, other=residual if residual is None else as_rows(residual))
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def gradients_by_products(product, dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, live: Tensor,
+def gradients_by_products(product, dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, live: Tensor | None,
                           width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1, w2 and b2; of dead units zero, and never computed. The hidden layer is computed again."""
-    flat, dy, live = as_rows(x), as_rows(dy), live.contiguous()
-    hidden, dh = (torch.empty(len(flat), len(live) * width, dtype=x.dtype, device=x.device) for _ in range(2))
+    flat, dy, live = as_rows(x), as_rows(dy), live if live is None else live.contiguous()
+    hidden, dh = (torch.empty(len(flat), native.units(w1.shape[0], live, width), dtype=x.dtype, device=x.device) for _ in range(2))
     dx, dw1, dw2 = torch.empty(flat.shape, dtype=x.dtype, device=x.device), torch.zeros_like(w1), torch.zeros_like(w2)
     product(flat, w1.t(), hidden, live, width, live_columns=True, bias=b1 if b1 is None else b1.contiguous())
     product(dy, w2, dh, live, width, live_columns=True, other=hidden, epilogue="gelu gradient")  # hidden: now after the GELU
@@ -109,14 +112,14 @@ def _macs(x, w1, b1, w2, b2, live, residual, width, *_) -> int:
     rows = 1
     for n in x[:-1]:
         rows *= n
-    return rows * live[0] * width * (w1[1] + w2[0])
+    return rows * (w1[0] if live is None else live[0] * width) * (w1[1] + w2[0])
 
 
-define(OP, "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor live, Tensor? residual, int width, str backend) -> Tensor",
+define(OP, "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? live, Tensor? residual, int width, str backend) -> Tensor",
        lambda x, w1, b1, w2, b2, live, residual, width, backend: find(OP, backend).run(x, w1, b1, w2, b2, live, residual, width),
        lambda x, w1, b1, w2, b2, live, residual, width, backend: x.new_empty(*x.shape[:-1], w2.shape[0]),
        cast=("x", "w1", "b1", "w2", "b2", "residual"), macs=_macs)
-define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor live, int width, str backend) "
+define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? live, int width, str backend) "
        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)", _backward,
        lambda dy, x, w1, b1, w2, live, width, backend: (torch.empty_like(x), torch.empty_like(w1), w1.new_empty(w1.shape[0]),
                                                         torch.empty_like(w2), w2.new_empty(w2.shape[0])),
