@@ -233,7 +233,7 @@ def test_timm_layouts(tmp_path, layout, pruned):
     elif layout == "deit3":
         torch.save({"model": {k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for k, v in state.items()}}, path)
     elif layout == "ddp":
-        torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "arch": "vit"}, path)
+        torch.save({"state_dict": {f"_orig_mod.module.{k}": v for k, v in state.items()}, "arch": "vit"}, path)
     else:
         torch.save({"model": state, "args": argparse.Namespace()}, path)
     assert load_weights(model, state if layout == "dict" else path) == ("timm", ())

@@ -5,8 +5,9 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.nn.utils import prune as torch_prune
 
-from vitprune import BlockPruning, prune
+from vitprune import BlockPruning, compact, prune
 
 
 @pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"dynamic_img_pad": True, "dynamic_img_size": True}])
@@ -30,12 +31,19 @@ def test_patches_by_a_product(options):
             pruned.patch_embed(torch.zeros(2, 3, 40, 32, dtype=torch.float64))
 
 
+def test_patches_that_leave_a_rest():
+    dense = VisionTransformer(img_size=30, patch_size=8, embed_dim=48, depth=1, num_heads=3).eval()
+    images = torch.randn(2, 3, 30, 30)
+    torch.testing.assert_close(prune(dense, blocks=BlockPruning()).eval()(images), dense(images))
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4], ids=["all", "masked"])
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook", "register_full_backward_pre_hook"])
-def test_hooks_see_every_module(register):
+def test_hooks_see_every_module(register, share):
     """Faster calls than a module's own are for modules that nobody watches."""
     dense = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3).eval()
     found = []
-    for model in (dense, prune(dense, blocks=BlockPruning()).eval()):
+    for model in (dense, prune(dense, blocks=BlockPruning(share, share, granularity=16)).eval()):
         seen = set()
         leaves = [name for name, module in model.named_modules() if not any(module.children())]
         for name in (name for name in leaves if not name.endswith(("q_norm", "k_norm", "attn.norm", "mlp.norm"))):  # nothing
@@ -54,6 +62,55 @@ def test_a_hook_may_change_what_its_module_gives(name):
         model.get_submodule(name).register_forward_hook(lambda module, args, out: 2 * out)
     assert not torch.allclose(dense(images), before)
     torch.testing.assert_close(pruned(images), dense(images))
+
+
+class Adapter(nn.Module):
+    """A linear layer with a low-rank term beside it, whose weight and bias are the layer's, as adapters do."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.out_features, self.in_features = base, base.out_features, base.in_features
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    weight, bias = property(lambda self: self.base.weight), property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+WRAPS = {"adapter": lambda parent, name: setattr(parent, name, Adapter(getattr(parent, name))),
+         "weight_norm": lambda parent, name: nn.utils.weight_norm(getattr(parent, name)).weight_g.data.mul_(1.5),
+         "parametrized": lambda parent, name: nn.utils.parametrizations.weight_norm(getattr(parent, name)),
+         "pruned by torch": lambda parent, name: torch_prune.l1_unstructured(getattr(parent, name), "weight", 0.5)}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+@pytest.mark.parametrize("at", ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"])
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_what_wraps_a_layer_counts_where_units_are_masked(wrap, at):
+    """Beside timm's model with the same change, of which hooks zero the dead heads and hidden units."""
+    torch.manual_seed(0)
+    dense = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=4).double().eval()
+    pruned, x = prune(dense, blocks=BlockPruning(0.5, 0.5, granularity=32)).eval(), torch.randn(2, 3, 32, 32).double()
+    block, parent, name = pruned.blocks[0], *at.split(".")
+    for model in (dense, pruned):
+        torch.manual_seed(1)
+        before = model(x)
+        WRAPS[wrap](model.blocks[0].get_submodule(parent), name)
+        model.double()
+    for layer, live, width in ((dense.blocks[0].attn.proj, block.attn.live, 16), (dense.blocks[0].mlp.fc2, block.mlp.live, 32)):
+        mask = torch.zeros(layer.in_features // width, width)
+        mask[live.long()] = 1
+        mask = mask.flatten()
+        layer.register_forward_pre_hook(lambda module, args, mask=mask: args[0] * mask)
+    torch.testing.assert_close(pruned(x), dense(x), rtol=1e-9, atol=1e-9)
+    assert wrap == "parametrized" or not torch.allclose(pruned(x), before)
+    loss = [torch.autograd.grad(m(x).square().sum(), list(m.blocks[0].get_submodule(at).parameters())) for m in (pruned, dense)]
+    for ours, theirs in zip(*loss, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    if wrap in ("adapter", "parametrized"):  # the others PyTorch itself does not copy
+        with pytest.raises(ValueError, match="compact: layers that lose units must be plain"):
+            compact(pruned)
 
 
 def test_overlapping_patches_stay_a_convolution():

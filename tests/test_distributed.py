@@ -146,3 +146,21 @@ def test_unreadable_pictures_are_counted_over_all_processes(tmp_path, size):
         known, error = json.loads((tmp_path / f"{size}-{rank}.json").read_text())
         assert known == sorted(f"0/{i}.png" for i in range(0, 36, 6))
         assert "at most a share of 0.15 (max_corrupt) of the 36 pictures may be unreadable, got 6" in error
+
+
+def headless(rank, size, folder):
+    """Three steps of a model of which one layer has no live head."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
+    model = prune(vit(), blocks=BlockPruning(heads=[0, 0.5, 1], hidden=[1, 0, 0.5], granularity=16))
+    history = train(model, loaders(rank, size), replace(CONFIG, epochs=1))
+    with open(f"{folder}/{size}-{rank}.json", "w") as file:
+        json.dump(history, file)
+    dist.destroy_process_group()
+
+
+def test_a_layer_without_heads_trains_in_several_processes(tmp_path):
+    model = prune(vit(), blocks=BlockPruning(heads=[0, 0.5, 1], hidden=[1, 0, 0.5], granularity=16))
+    history = train(model, loaders(0, 1), replace(CONFIG, epochs=1))
+    mp.spawn(headless, (2, str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"2-{rank}.json").read_text())[0] == pytest.approx(history[0], abs=1e-5)

@@ -304,3 +304,56 @@ def test_mid_training_evaluation_keeps_working():
         a, b = model.trace_tokens(image), model.trace_tokens(image)
     assert not torch.equal(a[0], b[0])
     assert model.train()(image, details=True).decisions == () and vitprune.PrunedViT is type(model)
+
+
+def test_a_state_dict_brings_the_choice_of_what_is_live(tmp_path, x):
+    """Between masked models; timm's keys are all there is for any other, and weights alone leave a model's own choice."""
+    one = prune(vit(), blocks=BlockPruning(0.5, 0.5, granularity=32))
+    torch.save(one.state_dict(), tmp_path / "one.pth")
+    other = vit()
+    for p in other.parameters():
+        p.data.normal_(generator=torch.Generator().manual_seed(p.numel()))
+    two = prune(other, blocks=BlockPruning(0.25, 0.25))
+    assert [b.attn.live.tolist() for b in one.blocks] != [b.attn.live.tolist() for b in two.blocks]
+    two.load_state_dict(torch.load(tmp_path / "one.pth", weights_only=True))
+    assert torch.equal(two.eval()(x), one.eval()(x)) and not torch.equal(one(x), vit()(x))
+    three = prune(vit(), blocks=BlockPruning())
+    three.load_state_dict(one.state_dict())
+    assert torch.equal(three.eval()(x), one(x))
+    two.load_state_dict(dict(three.state_dict()))
+    two.load_state_dict(vit().state_dict())
+    assert torch.equal(two(x), one(x))
+    four = vit()
+    four.load_state_dict(one.state_dict())
+    torch.testing.assert_close(four(x), vit()(x))
+    with pytest.raises(ValueError, match="load_weights: model must have all its heads and hidden units"):
+        vitprune.load_weights(two, vit().state_dict())
+
+
+def test_a_trace_with_gradients_needs_nothing_of_this_package(x):
+    for model in (prune(vit(), blocks=UNEVEN), prune(vit(), tokens(score="cls_attention"))):
+        traced = torch.jit.trace(model.eval(), x)
+        assert "vitprune::" not in str(traced.inlined_graph)
+        torch.testing.assert_close(traced(x), model(x))
+
+
+def test_modules_that_are_masked_are_not_revived(x):
+    model = vit(attn_layer=PrunedAttention, mlp_layer=PrunedMlp)
+    model.blocks[1].attn.set_live([0])
+    torch.testing.assert_close(prune(model, tokens(1.0, score="random"))(x), model(x))
+    with pytest.raises(ValueError, match="prune: blocks must be None for a model whose blocks are masked"):
+        prune(model, blocks=BlockPruning())
+
+
+def test_few_patches_and_no_pictures_under_a_threshold(x):
+    threshold = TokenPruning(0.5, at=(1,), threshold=0.5, min_keep=30)
+    assert prune(vit(dynamic_img_size=True), threshold)(x[..., :16, :16]).shape == (3, 5)
+    assert [t.shape for t in prune(vit(), threshold).trace_tokens(x[:0])] == [(0, 0)]
+
+
+def test_details_under_distilled_training_are_refused(x):
+    model = prune(timm.create_model("deit_tiny_distilled_patch16_224", img_size=32, depth=2), blocks=BlockPruning()).train()
+    model.set_distilled_training(True)
+    assert len(model(x)) == 2
+    with pytest.raises(ValueError, match="PrunedViT: details must be False after set_distilled_training"):
+        model(x, details=True)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .checkpoint import check_state
-from .surgery import prune
+from .surgery import is_masked, prune
 from .tokens import TokenPruning
 from .vit import PrunedViT
 
@@ -40,6 +40,9 @@ def load_weights(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
         raise TypeError(f"load_weights: model must be a torch module, got {type(model).__name__}")
     if not isinstance(source, (str, os.PathLike, Mapping)):
         raise TypeError(f"load_weights: source must be a file or a state dict, got {type(source).__name__}")
+    if is_masked(model):
+        raise ValueError("load_weights: model must have all its heads and hidden units, those that are masked were chosen by the weights "
+                         "it has: load first and prune then (a state dict of a masked model: model.load_state_dict)")
     where = f"load_weights: {source if isinstance(source, (str, os.PathLike)) else 'source'}"
     return _load(model, _state(read_checkpoint(source) if isinstance(source, (str, os.PathLike)) else source, key, where), where)
 
@@ -154,7 +157,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _state(content: Mapping, key: str | None, where: str) -> State:
-    """The state dict in a checkpoint, without the prefixes that DDP and torch.compile leave."""
+    """The state dict in a checkpoint, without the prefixes that DDP, torch.compile and Lightning leave."""
     if key is None:
         key = next((k for k in ("model", "state_dict", "module") if isinstance(content.get(k), Mapping)), None)
     elif not isinstance(content.get(key), Mapping):
@@ -162,9 +165,8 @@ def _state(content: Mapping, key: str | None, where: str) -> State:
     state = content if key is None else content[key]
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"{where} must hold a state dict (names and tensors), got entries {_entries(state)}")
-    for prefix in ("module.", "_orig_mod."):
-        if all(k.startswith(prefix) for k in state):
-            state = {k.removeprefix(prefix): v for k, v in state.items()}
+    while prefix := next((p for p in ("module.", "_orig_mod.", "model.") if all(k.startswith(p) for k in state)), None):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
     return dict(state)
 
 

@@ -13,9 +13,14 @@ def watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
+def plain(layer: nn.Module) -> bool:
+    """Whether its weight and bias are all there is to it: a linear layer that nobody watches, replaced or computes weights for."""
+    return type(layer) is nn.Linear and not watched(layer)
+
+
 def dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
     """act(layer(x)) or residual + layer(x), in one call where both are as timm made them and nobody watches them."""
-    if type(layer) is nn.Linear and not watched(layer) and (act is None or not watched(act)):
+    if plain(layer) and (act is None or not watched(act)):
         return ops.linear(x, *weight_and_bias(layer), gelu=act is not None, residual=residual, packed=layer.__dict__.get("packed"))
     x = layer(x)
     x = x if act is None else act(x)
@@ -46,13 +51,14 @@ class PatchProduct(PatchEmbed):
         pass
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> patches [B, N, C], or [B, H/h, W/w, C] where sizes are free; other convolutions and padding are timm's."""
+        """Images [B, 3, H, W] -> patches [B, N, C], or [B, H/h, W/w, C] where sizes are free; other convolutions and padding are timm's, as
+        are patches that leave a rest."""
         (B, C, H, W), (h, w), conv = x.shape, self.patch_size, self.proj
         plain = type(conv) is nn.Conv2d and conv.kernel_size == conv.stride == (h, w) and conv.padding == (0, 0)
         plain = plain and conv.dilation == (1, 1) and conv.groups == 1 and not watched(conv)
         plain = plain and (self.flatten or self.output_fmt == Format.NHWC)
-        fits = (H, W) == self.img_size if self.img_size is not None and self.strict_img_size else H % h == 0 and W % w == 0
-        if not (plain and fits):
+        fits = self.img_size is None or not self.strict_img_size or (H, W) == self.img_size
+        if not (plain and fits and H % h == 0 and W % w == 0):
             return super().forward(x)
         x = x.reshape(B, C, H // h, h, W // w, w).permute(0, 2, 4, 1, 3, 5).reshape(B, H // h * (W // w), C * h * w)
         x = ops.linear(x, conv.weight.flatten(1), conv.bias)

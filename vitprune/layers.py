@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
-from .dense import dense, drop, normalise, watched
+from .dense import dense, drop, normalise, plain, watched
 from .learned import Gate
 from .ops.linear import weight_and_bias
-from .ops.sliced_linear import block_index
+from .ops.sliced_linear import block_index, gather, spread
 from .split import LEAK, Split
 
 
@@ -38,6 +38,26 @@ def _live_buffer(module: nn.Module, kind: str, ids: Sequence[int] | None, count:
             raise ValueError(f"{name}: live must be ascending ids of {kind} in 0..{count - 1}, each once, got {ids}")
         ids = None if len(ids) == count else torch.tensor(ids, dtype=torch.int32, device=device)
     module.register_buffer("live", ids, persistent=False)
+
+
+def _outputs(layer: nn.Module, x: Tensor, live: Tensor, width: int) -> Tensor:
+    """The live blocks of layer(x); of one that is watched, wrapped or reparametrised by computing them all."""
+    if plain(layer):
+        return ops.sliced_linear(x, *weight_and_bias(layer), live, side="out", width=width)
+    return gather(layer(x), x.dim() - 1, live, width)
+
+
+def _inputs(layer: nn.Module, y: Tensor, live: Tensor, width: int, units: int) -> Tensor:
+    """The layer of so many inputs, of which the dead are zero and y has the live ones."""
+    if plain(layer):
+        return ops.sliced_linear(y, *weight_and_bias(layer), live, side="in", width=width)
+    return layer(spread(y.new_empty(*y.shape[:-1], units), y.dim() - 1, live, width, y))
+
+
+def _note(destination: dict, prefix: str, **choice: Tensor | int | None) -> None:
+    """Put what is live beside a state dict, where load_state_dict finds it and no other model misses it."""
+    if (about := getattr(destination, "_metadata", {}).get(prefix[:-1])) is not None:
+        about.update({name: v.tolist() if isinstance(v, Tensor) and not v.is_meta else v for name, v in choice.items()})
 
 
 class PrunedAttention(Attention):
@@ -66,6 +86,17 @@ class PrunedAttention(Attention):
         _live_buffer(self, "heads", live, self.num_heads)
         blocks = None if self.live is None else torch.cat([self.live + i * self.num_heads for i in range(3)])
         self.register_buffer("live_qkv", blocks, persistent=False)  # of the rows of qkv
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        _note(destination, prefix, live=self.live, dims=self.dims)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        if {"live", "dims"} <= local_metadata.keys():
+            dims = local_metadata["dims"]
+            self.set_live(local_metadata["live"])
+            self.set_dims(None if dims is None else torch.tensor(dims, device=self.qkv.weight.device))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def set_dims(self, dims: Tensor | None) -> None:
         """Choose the live dimensions of each head: ascending ids, int64 [2, H, K], of q and k and of v; or None for all.
@@ -96,7 +127,7 @@ class PrunedAttention(Attention):
         if self.live_heads == 0:
             if class_attention:
                 raise ValueError("PrunedAttention: class_attention must be False in a layer without heads")
-            return self.project(x[..., :0])
+            return self.project(self.qkv_of(x) if self.training else x[..., :0])  # zeros are a gradient: DDP waits for one
         y, scores = self.attend(self.qkv_of(x), attn_mask, is_causal, policy, cu_seqlens, max_seqlen, class_attention)
         return (self.project(y), scores) if class_attention else self.project(y)
 
@@ -135,10 +166,7 @@ class PrunedAttention(Attention):
     def project(self, y: Tensor) -> Tensor:
         """y [..., H*D] of the live heads -> [..., C]."""
         live, parts = self._buffers["live"], self._modules
-        if live is None:
-            y = dense(parts["proj"], y)
-        else:
-            y = ops.sliced_linear(y, *weight_and_bias(parts["proj"]), live, side="in", width=self.head_dim)
+        y = dense(parts["proj"], y) if live is None else _inputs(parts["proj"], y, live, self.head_dim, self.num_heads * self.head_dim)
         return drop(parts["proj_drop"], y)
 
     def _dims(self) -> Tensor | None:
@@ -154,9 +182,7 @@ class PrunedAttention(Attention):
     def qkv_of(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., 3*H*D] of the live heads."""
         live, qkv = self._buffers["live_qkv"], self._modules["qkv"]
-        if live is None:
-            return dense(qkv, x)
-        return ops.sliced_linear(x, *weight_and_bias(qkv), live, side="out", width=self.head_dim)
+        return dense(qkv, x) if live is None else _outputs(qkv, x, live, self.head_dim)
 
 
 def _class_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:  # [B, N, H, D] x2 -> [B, N]
@@ -196,11 +222,20 @@ class PrunedMlp(Mlp):
         _live_buffer(self, "hidden blocks", live, hidden // width if width else 0)
 
     def _fuses(self) -> bool:
-        """Whether the dense MLP may be one operator: all is as timm made it, nothing lies between its products, nobody watches them."""
+        """Whether the MLP may be one operator: all is as timm made it, nothing lies between its products, nobody watches them."""
         parts = self._modules
-        fc1, drop1, fc2 = parts["fc1"], parts["drop1"], parts["fc2"]
-        return (self.hidden_gate is None and type(fc1) is type(fc2) is nn.Linear and not (self.training and drop1.p > 0)
-                and not any(map(watched, (fc1, parts["act"], drop1, fc2))))
+        drop1 = parts["drop1"]
+        return (plain(parts["fc1"]) and plain(parts["fc2"]) and not watched(parts["act"]) and not watched(drop1)
+                and not (self.training and drop1.p > 0) and (self.hidden_gate is None or self._buffers["live"] is not None))
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        _note(destination, prefix, live=self.live, width=self.width)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+        if {"live", "width"} <= local_metadata.keys():
+            self.set_live(local_metadata["live"], local_metadata["width"])
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     @property
     def live_hidden(self) -> int:
@@ -213,17 +248,17 @@ class PrunedMlp(Mlp):
         fc1, drop1, fc2, drop2 = parts["fc1"], parts["drop1"], parts["fc2"], parts["drop2"]
         if residual is not None and self.training and drop2.p > 0:
             return residual + self(x)
-        if live is None and (x.is_cpu or not self._fuses()):  # there oneDNN has calls of its own
+        if not (live is None and x.is_cpu) and self._fuses():  # a CPU has oneDNN's calls where nothing is dead
+            y = ops.sliced_mlp(x, *weight_and_bias(fc1), *weight_and_bias(fc2), live, width=self.width, residual=residual)
+        elif live is None:
             y = drop(drop1, dense(fc1, x, parts["act"]))
             if self.hidden_gate is not None:
                 y = (y.unflatten(-1, (-1, self.width)) * self.hidden_gate().to(y.dtype)[:, None]).flatten(-2)
             y = dense(fc2, y, residual=residual)
-        elif self.training and drop1.p > 0:
-            y = ops.sliced_linear(x, *weight_and_bias(fc1), live, side="out", width=self.width)
-            y = ops.sliced_linear(drop1(self.act(y)), *weight_and_bias(fc2), live, side="in", width=self.width)
-            y = y if residual is None else residual + y
         else:
-            y = ops.sliced_mlp(x, *weight_and_bias(fc1), *weight_and_bias(fc2), live, width=self.width, residual=residual)
+            y = drop1(parts["act"](_outputs(fc1, x, live, self.width)))
+            y = _inputs(fc2, y, live, self.width, self.fc1.out_features)
+            y = y if residual is None else residual + y
         return drop(drop2, y)
 
 
@@ -306,6 +341,10 @@ def compact_block(block: PrunedBlock) -> None:
 
 
 def _slice(linear: nn.Linear, index: Tensor, dim: int) -> None:
+    if type(linear) is not nn.Linear or linear._parameters.get("weight") is None:
+        raise ValueError(f"compact: layers that lose units must be plain nn.Linear (merge adapters and reparametrisations first), got "
+                         f"{type(linear).__name__}")
+
     def kept(p: nn.Parameter, d: int) -> nn.Parameter:
         return nn.Parameter(p.index_select(d, index), requires_grad=p.requires_grad)
 

@@ -29,8 +29,7 @@ def prune(model: nn.Module, tokens: TokenPruning | None = None, blocks: BlockPru
         if value is not None and not isinstance(value, cls):
             raise TypeError(f"prune: {name} must be a {cls.__name__}, got {type(value).__name__}")
     _check(model, tokens)
-    if blocks is not None and isinstance(model, (PrunedViT, PrunedDistilledViT)) and (model.learning is not None or any(
-            b.attn.live is not None or b.attn.dims is not None or b.mlp.live is not None for b in model.blocks)):
+    if blocks is not None and (getattr(model, "learning", None) is not None or is_masked(model)):
         raise ValueError("prune: blocks must be None for a model whose blocks are masked or being learned, which would all come back: "
                          "compact it first (vitprune.compact), or prune the dense model")
     new = copy.deepcopy(model)
@@ -48,6 +47,12 @@ def prune(model: nn.Module, tokens: TokenPruning | None = None, blocks: BlockPru
             if new.blocks[i - 1].attn.live_heads == 0:
                 raise ValueError(f"prune: blocks must keep a head in block {i - 1}, whose class attention scores the tokens")
     return new
+
+
+def is_masked(model: nn.Module) -> bool:
+    """Whether some of its heads, their dimensions or hidden units are dead but still there."""
+    return any(m.live is not None or getattr(m, "dims", None) is not None for m in model.modules()
+               if isinstance(m, (PrunedAttention, PrunedMlp)))
 
 
 def _check(model: nn.Module, tokens: TokenPruning | None) -> None:

@@ -146,7 +146,7 @@ class _Pruned:
         if before is not None:
             keep, score = keep & before, score.masked_fill(~before, -torch.inf)
         if self.tokens.min_keep:
-            best = score.topk(self.tokens.min_keep, dim=1).indices
+            best = score.topk(min(self.tokens.min_keep, score.shape[1]), dim=1).indices
             keep = keep.scatter(1, best, torch.ones_like(best, dtype=torch.bool))
         mask = torch.cat([keep.new_ones(keep.shape[0], P), keep], dim=1)
         rows, cu_seqlens = ops.compact_tokens(x, mask)
@@ -173,7 +173,7 @@ class _Pruned:
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images [B, 3, H, W] -> tokens [B, P+n, C] after the final norm; in evaluation the pruned ones are gone
-        (adaptive counts: zero)."""
+        (adaptive counts: zero; `forward` then weighs them for average pooling, which forward_head alone does not)."""
         return self._stream(x, attn_mask, is_causal).x
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
@@ -190,6 +190,8 @@ class _Pruned:
         state, P = self._stream(x, attn_mask, is_causal, sparse_backward), self.num_prefix_tokens
         policy = state.mask if state.policy is None else state.policy
         logits = self.forward_head(state.x if policy is None else self._weigh(state.x, policy))
+        if details and isinstance(logits, tuple):
+            raise ValueError("PrunedViT: details must be False after set_distilled_training(True), which makes two kinds of logits")
         if not details:
             return logits
         keep = None if policy is None else policy[:, P:].detach().to(state.x.dtype)
@@ -214,7 +216,7 @@ class _Pruned:
             raise RuntimeError("trace_tokens: the model must be in evaluation mode (call model.eval()), it is in training mode")
         stages = self._stream(images).stages
         if stages and stages[0].dtype == torch.bool:
-            widths = [int(s.sum(1).max()) for s in stages]
+            widths = [int(s.sum(1).max()) if len(s) else 0 for s in stages]
             order = [(~s).to(torch.uint8).sort(dim=1, stable=True).indices for s in stages]
             return [torch.where(s.gather(1, o), o, -1)[:, :w] for s, o, w in zip(stages, order, widths)]
         return list(stages)
