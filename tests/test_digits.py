@@ -3,8 +3,11 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits as sklearn_digits
+from timm.models.vision_transformer import VisionTransformer
 
+import vitprune
 from vitprune.digits import augment, load_digits
+from vitprune.evaluate import evaluate_source
 
 
 def rows(images):
@@ -65,3 +68,16 @@ def test_augment_without_any_change_is_the_identity_and_moves_by_at_most_the_shi
 def test_batch_size_out_of_range(size):
     with pytest.raises(ValueError, match=rf"batch_size must be in 1..1197, got {size}"):
         load_digits(size)
+
+
+def test_every_seed_of_a_run_makes_batches():
+    training, _ = load_digits(seed=2 ** 32 - 1)
+    assert len(next(iter(training.at_epoch(7)))[1]) == 128
+
+
+def test_evaluation_refuses_what_digits_have_not():
+    model = vitprune.prune(VisionTransformer(img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=16, depth=1, num_heads=1),
+                           blocks=vitprune.BlockPruning(granularity=16))
+    for name, value in {"resize": 9, "eval_split": "train", "class_map": "x.json", "skip_corrupt": True}.items():
+        with pytest.raises(ValueError, match=f"evaluate: {name} must be left out for the digits"):
+            evaluate_source(model, "digits", **{name: value})

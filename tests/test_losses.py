@@ -70,6 +70,14 @@ def test_total_is_the_weighted_sum_of_the_parts():
     assert parts["ratio"].item() == pytest.approx(0.09, rel=1e-5)
 
 
+def test_without_its_weight_tokens_may_be_of_another_width():
+    output = PrunedOutput(torch.randn(2, 3), torch.randn(2, 4, 8), None, ())
+    target = torch.tensor([[1.0, 0, 0], [0, 1.0, 0]])
+    total, parts = DynamicViTLoss((), token_weight=0.0)(output, target, (torch.randn(2, 3), torch.randn(2, 9, 16)))
+    assert parts.keys() == {"classification", "distillation"}
+    torch.testing.assert_close(total, parts["classification"] + 0.5 * parts["distillation"])
+
+
 def test_without_tokens_and_teacher_only_classification_counts():
     output = PrunedOutput(torch.randn(2, 3), torch.randn(2, 4, 8), None, ())
     total, parts = DynamicViTLoss([])(output, torch.rand(2, 3).softmax(-1))

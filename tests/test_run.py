@@ -1,5 +1,8 @@
 """`vitprune train` from start to saved model: every order of tokens and blocks, from every kind of start."""
 import json
+import os
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,7 +16,7 @@ from vitprune.build import build
 from vitprune.data import DataConfig
 from vitprune.evaluate import evaluate_source
 from vitprune.measure import count
-from vitprune.run import RunConfig, main
+from vitprune.run import RunConfig, _lock, main
 from vitprune.train import TrainConfig
 
 ARGS = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -90,6 +93,21 @@ def test_a_teacher_does_not_learn_with_its_student(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), teacher.state_dict().values()))
 
 
+def test_a_teacher_of_another_width_and_grid_teaches_logits(tmp_path):
+    wide = ARGS | {"embed_dim": 48, "num_heads": 3, "patch_size": 4}
+    assert main(config(tmp_path / "wide", model_args=wide)) == 0
+    student = config(tmp_path / "s", tokens=TOKENS, teacher=str(tmp_path / "wide" / "model"))
+    with pytest.raises(ValueError, match=r"teacher must have the model's 32 channels and 16 patches .* has 48 and 4$"):
+        main(student)
+    without = replace(TRAIN, token_weight=0.0)
+    assert main(replace(student, train=without)) == 0
+    torch.save(timm.create_model("deit_tiny_patch16_224", num_classes=10, **wide).state_dict(), tmp_path / "t.pth")
+    named = {"teacher": "deit_tiny_patch16_224", "teacher_checkpoint": str(tmp_path / "t.pth")}
+    assert build(config(tmp_path / "n", **named, teacher_args=wide, train=without), 10)[1].embed_dim == 48
+    with pytest.raises(ValueError, match="must have the model's 197 positions"):
+        build(config(tmp_path / "n", **named, train=without), 10)  # the student's arguments are not another model's
+
+
 def test_a_teacher_whose_head_would_be_random_is_refused(tmp_path, monkeypatch):
     """timm gives a pretrained model a new head for another number of classes."""
     make = timm.create_model
@@ -139,6 +157,16 @@ def test_a_damaged_configuration_is_one_error(tmp_path):
 
 def test_one_run_an_output(tmp_path):
     fcntl = pytest.importorskip("fcntl")
+    lock, (told, tell) = _lock(tmp_path), os.pipe()
+    if (child := os.fork()) == 0:  # as a loader's worker, which outlives the run
+        os.write(tell, b"x")
+        time.sleep(20)
+        os._exit(0)
+    os.read(told, 1)
+    del lock
+    _lock(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="output must not be that of another run that is still going on"):

@@ -54,6 +54,16 @@ def test_every_source_gives_the_same_batches(forms, workers):
     assert sum(len(labels) for _, labels in epochs[2]) == 36 and sorted(sum((b for _, b in epochs[2]), [])) == sorted([*range(12)] * 3)
 
 
+def test_what_systems_leave_beside_pictures_is_no_picture(tmp_path):
+    folder(tmp_path, ["cat", "dog"])
+    before = open_source(str(tmp_path), "train")
+    (tmp_path / "__MACOSX" / "cat").mkdir(parents=True)
+    for place in ("cat", "__MACOSX/cat"):
+        (tmp_path / place / "._0.jpg").write_bytes(b"no picture")
+    after = open_source(str(tmp_path), "train")
+    assert list(after.names) == ["cat", "dog"] and after.files == before.files
+
+
 @pytest.mark.parametrize("form", [0, 2])
 @pytest.mark.parametrize("size", [2, 3])
 def test_processes_share_every_batch_without_repeats_or_gaps(forms, form, size):

@@ -1,4 +1,5 @@
 """Arguments that several commands share, and the model that they describe."""
+import warnings
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
@@ -71,6 +72,8 @@ def model_of(options: Namespace, compacted: bool = True):
         if checkpoint and pretrained:
             raise ValueError("--checkpoint and --pretrained exclude each other")
         model = timm.create_model(options.model, pretrained=pretrained)
+        if "pretrained" in options and not (checkpoint or pretrained):
+            warnings.warn(f"the weights of {options.model} are random: --pretrained or --checkpoint gives others", stacklevel=2)
     else:
         raise ValueError(f"model must be a timm model name or a folder written by `vitprune prune`, got {options.model!r}")
     tokens = blocks = None

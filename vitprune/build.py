@@ -45,7 +45,7 @@ def build(config: RunConfig, classes: int, names: Sequence[str] | None = None) -
                                 "label_names": names and list(names),
                                 "crop_pct": data.image_size / (data.resize or round(data.image_size / 0.875))}
         model.default_cfg = model.pretrained_cfg
-    return model, _teacher(config, classes, dense)
+    return model, _teacher(config, classes, dense, model)
 
 
 def _start(config: RunConfig, classes: int) -> tuple[nn.Module, nn.Module | None]:
@@ -54,25 +54,27 @@ def _start(config: RunConfig, classes: int) -> tuple[nn.Module, nn.Module | None
         model = folders.load(config.model)
         _check_classes("model", config.model, model.num_classes, classes)
         return model, None if model.tokens is not None else model
-    model = _create(config, config.model, classes, config.pretrained)
+    model = _create(config, "model", config.model, classes, config.pretrained, **config.model_args)
     if config.checkpoint is None:
         return model, model
     return start_from(model, config.checkpoint, config.tokens)
 
 
-def _create(config: RunConfig, name: str, classes: int, pretrained: bool) -> nn.Module:
+def _create(config: RunConfig, what: str, name: str, classes: int, pretrained: bool, **more) -> nn.Module:
     if not timm.is_model(name):
-        raise ValueError(f"train: model must be the name of a timm model or a folder written by vitprune.save, got {name!r}")
+        raise ValueError(f"train: {what} must be the name of a timm model or a folder written by vitprune.save, got {name!r}")
     arguments = {} if config.data.source == "digits" else {"img_size": config.data.image_size}
-    arguments |= {"num_classes": classes, **config.model_args}
+    arguments |= {"num_classes": classes, **more}
     try:
-        return timm.create_model(name, pretrained=pretrained, **arguments)
+        made = timm.create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, AssertionError, ArithmeticError, RuntimeError) as error:
-        raise ValueError(f"train: model and model_args must make a timm VisionTransformer, got {name!r} with {arguments}: {error}"
+        raise ValueError(f"train: {what} and {what}_args must make a timm VisionTransformer, got {name!r} with {arguments}: {error}"
                          ) from None
+    _check_classes(what, name, made.num_classes, classes)
+    return made
 
 
-def _teacher(config: RunConfig, classes: int, dense: nn.Module | None) -> nn.Module | None:
+def _teacher(config: RunConfig, classes: int, dense: nn.Module | None, student: nn.Module) -> nn.Module | None:
     if config.teacher is None:
         return None
     if config.teacher == "start":
@@ -86,13 +88,18 @@ def _teacher(config: RunConfig, classes: int, dense: nn.Module | None) -> nn.Mod
         if teacher.tokens is not None:
             raise ValueError(f"train: teacher must be a model that keeps its tokens, but {config.teacher} prunes them")
     else:
-        teacher = _create(config, config.teacher, classes, pretrained=config.teacher_checkpoint is None)
+        arguments = config.teacher_args or (config.model_args if config.teacher == config.model else {})
+        teacher = _create(config, "teacher", config.teacher, classes, config.teacher_checkpoint is None, **arguments)
         if config.teacher_checkpoint is not None:
             load_weights(teacher, config.teacher_checkpoint)
         else:
             _check_head(config.teacher, teacher, classes)
     _check_classes("teacher", config.teacher, teacher.num_classes, classes)
     _check_pictures("teacher", config.teacher, teacher, config.data)
+    of = [(m.embed_dim, m.patch_embed.num_patches) for m in (student, teacher)]
+    if config.train.token_weight and of[0] != of[1]:
+        raise ValueError("train: teacher must have the model's {} channels and {} patches for the loss of tokens (train.token_weight 0 "
+                         "leaves it out), {} has {} and {}".format(*of[0], config.teacher, *of[1]))
     return teacher
 
 

@@ -40,11 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> tuple[str, Namespace]:
-    parser = ArgumentParser(prog="vitprune", description="Pruned vision transformers.", exit_on_error=False, formatter_class=_Help)
+    parser = ArgumentParser(prog="vitprune", description="Pruned vision transformers.", exit_on_error=False, allow_abbrev=False,
+                            formatter_class=_Help)
     commands = parser.add_subcommands(required=True, dest="command")
     asked = next((a for a in argv if not a.startswith("-")), None)
     for name, (summary, add, _) in COMMANDS.items():
-        one = ArgumentParser(description=summary, exit_on_error=False)
+        one = ArgumentParser(description=summary, exit_on_error=False, allow_abbrev=False)
         if name == asked:  # the other commands' parsers would import what they need
             add(one)
         commands.add_subcommand(name, one, help=summary)
@@ -228,7 +229,7 @@ def _add_train(parser: ArgumentParser) -> None:
 def _train(options: Namespace) -> int:
     from .run import RunConfig, main
 
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(RunConfig)
     options.pop("config", None)
     return main(RunConfig(**vars(parser.instantiate(options))))

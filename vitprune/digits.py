@@ -63,7 +63,7 @@ class TensorLoader:
                                                                    len(rows) * (self.rank + 1) // self.world_size)
             images = self.images[rows.to(self.images.device)]
             if self.training:
-                images = (self.augmentation or augment)(images, torch.Generator().manual_seed(seed * 65_537 + batch))
+                images = (self.augmentation or augment)(images, torch.Generator().manual_seed((seed * 65_537 + batch) % 2 ** 63))
             yield (images[share] - self.mean) / self.std, self.labels[rows[share].to(self.labels.device)]
 
 

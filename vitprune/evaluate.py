@@ -151,6 +151,10 @@ def evaluate_source(model: nn.Module, source: str, device: torch.device | str = 
     if batch_size < 1:
         raise ValueError(f"evaluate: batch_size must be >= 1, got {batch_size}")
     if source == "digits":
+        for name, value, default in (("resize", resize, None), *((n, options.get(n, d), d) for n, d in (
+                ("eval_split", "val"), ("class_map", None), ("skip_corrupt", False)))):
+            if value != default:
+                raise ValueError(f"evaluate: {name} must be left out for the digits, whose 600 held-out pictures are fixed, got {value!r}")
         size = getattr(model.patch_embed, "img_size", None)
         if size not in (None, (8, 8)):
             raise ValueError(f"evaluate: model must take the digits' pictures of 8 x 8, it takes {size[0]} x {size[1]}")

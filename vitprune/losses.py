@@ -83,6 +83,8 @@ class DynamicViTLoss(nn.Module):
         if teacher is not None:
             logits, features = teacher
             parts["distillation"] = distillation_loss(output.logits, logits)
-            parts["tokens"] = token_loss(output.features, features, output.keep)
-            total = total + self.distill_weight * parts["distillation"] + self.token_weight * parts["tokens"]
+            total = total + self.distill_weight * parts["distillation"]
+            if self.token_weight:  # without, the teacher may be of another width or grid
+                parts["tokens"] = token_loss(output.features, features, output.keep)
+                total = total + self.token_weight * parts["tokens"]
         return total, parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -41,6 +42,7 @@ class RunConfig:
     pretrained: start from timm's weights. checkpoint: start from this file, an official DynamicViT one among others.
     teacher: "start" (the model before it is pruned), a timm name or a folder; none: no distillation.
     teacher_checkpoint: weights of a teacher given by name; without, timm's pretrained ones.
+    teacher_args: arguments of timm.create_model for a teacher given by name; without, model_args where it has the model's name.
     tokens, blocks: what is pruned; both: in tandem; none: the model is trained as it is.
     refill: where blocks.head_dim is below 1, revive the dead dimensions of the heads that remain before the model is saved
         ("hybrid-filled"): the next run starts from it and fine-tunes them.
@@ -56,6 +58,7 @@ class RunConfig:
     checkpoint: str | None = None
     teacher: str | None = None
     teacher_checkpoint: str | None = None
+    teacher_args: dict[str, int | float | bool | str] = field(default_factory=dict)
     tokens: TokenPruning | None = None
     blocks: BlockPruning | None = None
     refill: bool = False
@@ -69,13 +72,18 @@ class RunConfig:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        started = self.pretrained or self.checkpoint is not None or Path(self.model).is_dir()
+        folder = Path(self.model).is_dir()
+        started = self.pretrained or self.checkpoint is not None or folder
         for name, ok, expected in (
                 ("pretrained", not (self.pretrained and self.checkpoint), "off where checkpoint is given"),
-                ("checkpoint", self.checkpoint is None or not Path(self.model).is_dir(), "None where model is a folder"),
+                ("checkpoint", self.checkpoint is None or not folder, "None where model is a folder"),
+                ("pretrained", not (self.pretrained and folder), "off where model is a folder"),
+                ("model_args", not (self.model_args and folder), "empty where model is a folder"),
                 ("teacher", self.teacher != "start" or started, "None or another model where the start has random weights"),
                 ("teacher_checkpoint", self.teacher_checkpoint is None or self.teacher not in (None, "start"),
                  "None without a teacher's name"),
+                ("teacher_args", not self.teacher_args or self.teacher not in (None, "start") and not Path(self.teacher).is_dir(),
+                 "empty without a teacher's name"),
                 ("output", not Path(self.output).is_file(), "a folder"),
                 ("take", self.take == "first" or self.fraction is not None, "'first' where fraction is None"),
                 ("data.subset", self.data.subset is None or self.fraction is None, "None where fraction is given"),
@@ -185,6 +193,8 @@ def _lock(output: Path) -> TextIO | None:
     except ImportError:  # not a POSIX system
         return None
     lock = open(output / ".lock", "w")
+    held = weakref.ref(lock)
+    os.register_at_fork(after_in_child=lambda: (inherited := held()) and inherited.close())  # workers may outlive a killed run
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -49,12 +49,13 @@ class Folder(Source):
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f"data: source must be a folder with one folder of pictures a class, got {str(root)!r}")
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX")))
         if not folders:
             raise ValueError(f"data: source must hold one folder a class, found none in {root}")
         ids, self.names = class_ids([p.name for p in folders], class_map, str(root))
         self.files = sorted(((path.relative_to(root).as_posix(), ids[folder.name]) for folder in folders for path in folder.rglob("*")
-                             if path.suffix.lower() in EXTENSIONS and path.is_file()), key=lambda item: (item[1], item[0].split("/", 1)[1]))
+                             if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()),
+                            key=lambda item: (item[1], item[0].split("/", 1)[1]))
         if not self.files:
             raise ValueError(f"data: source must hold pictures ({', '.join(EXTENSIONS)}), found none in {root}")
         self.root, self.place = root, root.resolve()

@@ -18,7 +18,7 @@ from .evaluate import in_any_process, world
 from .step import Run
 
 AMP = ("auto", "off", "bfloat16", "float16")
-SCHEDS = ("cosine", "tanh", "step", "multistep", "poly")
+SCHEDS = ("cosine", "tanh", "poly")
 
 
 class Stopped(RuntimeError):
@@ -49,10 +49,10 @@ class TrainConfig:
     """DynamicViT's recipe by default: AdamW, linear warm-up, cosine decay.
 
     epochs, warmup_epochs, backbone_frozen_epochs: in epochs; lr, min_lr: of the predictors. batch_size: over all processes.
-    opt, sched: timm's names, of schedules those that need no measurement. backbone_lr_scale: learning rate of the backbone
-        relative to `lr`; it is 0 in the first `backbone_frozen_epochs`. score_lr: of learned block scores, which follow the
-        same schedule without weight decay; where they start from the sensitivity, whose mean is 1, about
-        0.3 / (steps while blocks leave) did best.
+    opt, sched: timm's names, of schedules those that need neither a measurement nor steps of their own.
+    backbone_lr_scale: learning rate of the backbone relative to `lr`; it is 0 in the first `backbone_frozen_epochs`.
+    score_lr: of learned block scores, which follow the same schedule without weight decay; where they start from the sensitivity, whose
+        mean is 1, about 0.3 / (steps while blocks leave) did best.
     train_embeddings: whether class token and position embedding are trained (official: not).
     clip_grad: largest norm of the gradients of what is being trained; None: no clipping.
     ratio_weight, distill_weight, token_weight: see DynamicViTLoss; the last two count only with a teacher.
