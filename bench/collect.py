@@ -13,11 +13,12 @@ from pathlib import Path
 from bench import render
 from bench.card import FORMAT, jobs, kind_of
 from vitprune import nvrtc
+from vitprune.bench import DTYPES
 from vitprune.ops import dispatch
 
-PLAIN = re.compile(r"[\w .,:;()/@+%*-]{1,120}", re.ASCII)  # what is printed in a table: no markup
+PLAIN = re.compile(r"(?! )[\w .,:;()/@+%*-]{1,120}(?<! )", re.ASCII)  # what is printed in a table: no markup
 VERSIONS = ("platform", "python", "torch", "timm", "vitprune")
-POSITIVE = "a number > 0 and < 1e9"  # a float, here
+POSITIVE = "a number > 1e-9 and < 1e9"  # a float, here
 FIELDS = {"name": str, "device": str, "date": str, "machine": dict, "seconds": float, "budget": float, "idle_clocks": dict, "jobs": list}
 JOB = {"name": str, "kind": str, "clocks": dict, "rows": list}
 OPERATOR = {"dtype": str, "ms": dict, "spread_ms": dict}
@@ -44,6 +45,8 @@ def check(data) -> dict:
     data["jobs"] or fail("jobs", "a list with at least one job", data["jobs"])
     for i, job in enumerate(data["jobs"]):
         _job(f"jobs[{i}]", job, data)
+    names = [job["name"] for job in data["jobs"]]
+    len({*names}) == len(names) or fail("jobs", "each once", names)
     return data
 
 
@@ -55,8 +58,8 @@ def _job(where: str, job, data: dict) -> None:
     for field in ("cut", "error"):
         job.get(field) is None or isinstance(job[field], str) or fail(f"{where}.{field}", "null or a text", job[field])
     for name, value in job["clocks"].items():
-        (isinstance(value, list) and len(value) == 3 and all(map(_number, value)) and 0 <= value[0] <= value[1] <= value[2]) or fail(
-            f"{where}.clocks.{name}", "[least, median, most], none < 0", value)
+        (isinstance(value, list) and len(value) == 3 and all(map(_number, value)) and 0 <= value[0] <= value[1] <= value[2] < 1e5) or fail(
+            f"{where}.clocks.{name}", "[least, median, most] in 0..1e5", value)
     for i, row in enumerate(job["rows"]):
         at = f"{where}.rows[{i}]"
         if job["kind"] == "model":
@@ -71,12 +74,19 @@ def _job(where: str, job, data: dict) -> None:
                 for name, value in one.items():
                     if isinstance(value, str):
                         _plain(f"{at}.rows[{j}].{name}", value)
-            for one in row["rows"]:
-                fastest = sum(r["fastest"] for r in row["rows"] if (r["dtype"], r["batch"]) == (one["dtype"], one["batch"]))
-                fastest == 1 or fail(f"{at}.rows", f"one fastest of {one['dtype']}, batch {one['batch']}", fastest)
+            for j, one in enumerate(row["rows"]):
+                alike = [r for r in row["rows"] if (r["dtype"], r["batch"]) == (one["dtype"], one["batch"])]
+                fastest = [r["dense_ms"] for r in alike if r["fastest"]]
+                fastest == [min(r["dense_ms"] for r in alike)] or fail(
+                    f"{at}.rows", f"one fastest of {one['dtype']}, batch {one['batch']}, that with the least dense_ms", fastest)
+                for name, value in (("speedup", one["dense_ms"] / one["pruned_ms"]),
+                                    ("realised_gain", one["speedup"] / one["flops_ratio"])):
+                    math.isclose(one[name], value, rel_tol=0.01) or fail(f"{at}.rows[{j}].{name}", f"about {value:.3g}", one[name])
+                one["dtype"] in DTYPES or fail(f"{at}.rows[{j}].dtype", f"one of {', '.join(DTYPES)}", one["dtype"])
             continue
         _fields(at, row, OPERATOR | SHARES if job["kind"] == "shares" else OPERATOR)
-        for name in ("dtype", "pass", "op", "model"):
+        row["dtype"] in DTYPES or fail(f"{at}.dtype", f"one of {', '.join(DTYPES)}", row["dtype"])
+        for name in ("pass", "op", "model"):
             _plain(f"{at}.{name}", row.get(name, "x"))
         for name, value in row["ms"].items():
             _plain(f"{at}.ms", name)
@@ -117,7 +127,7 @@ def _number(value) -> bool:
 
 
 def _positive(value) -> bool:
-    return _number(value) and 0 < value < 1e9
+    return _number(value) and 1e-9 < value < 1e9
 
 
 def _share(value) -> bool:
@@ -149,7 +159,8 @@ def collect(path: Path) -> Path:
         data = check(json.loads(path.read_text()))
         target = render.RESULTS / f"card-{dispatch.slug(data['name'])}.json"
         _when(data["date"]) <= datetime.now(timezone.utc) or fail("date", "not after now", data["date"])
-        if target.exists() and _when(old := json.loads(target.read_text())["date"]) > _when(data["date"]):
+        render.card(data)
+        if target.exists() and _when(old := check(json.loads(target.read_text()))["date"]) > _when(data["date"]):
             raise ValueError(f"date must not be before that of {target.name}, {old}, got {data['date']!r}")
     except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path}: {error}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
-OURS = ("triton", "cuda", "cpp", "vitprune")  # a name's first word; the rest are baselines
+OURS = ("triton", "cuda", "cpp", "split", "vitprune")  # a name's first word; the rest are baselines
 NO_RIVALS = ("copy", "norm", "unmasked")  # first words of what does less: measures of the card, attention without a policy
 
 

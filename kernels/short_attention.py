@@ -18,14 +18,15 @@ LEAST = tl.constexpr(native.LEAST)
 
 
 @triton.jit
-def place(cu_seqlens, N, H, SPAN: tl.constexpr, PACKED: tl.constexpr):
-    """What the program does: image, head, first row in its sequence; and that sequence's first row and length."""
+def place(cu_seqlens, T, N, H, SPAN: tl.constexpr, PACKED: tl.constexpr):
+    """What the program does: image, head, first row in its sequence; and that sequence's first row and length, within T rows and N:
+    nobody has looked at what a GPU is given."""
     parts = tl.cdiv(N, SPAN)
     pid = tl.program_id(0)
     b = pid // (parts * H)
     if PACKED:
-        base = tl.load(cu_seqlens + b).to(tl.int64)
-        n = (tl.load(cu_seqlens + b + 1) - base).to(tl.int32)
+        base = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), T).to(tl.int64)
+        n = tl.minimum(tl.minimum(tl.load(cu_seqlens + b + 1), T) - base, N).to(tl.int32)
     else:
         base = b.to(tl.int64) * N
         n = N
@@ -135,7 +136,7 @@ def online(s, peak, scale):
 def zero_tail(out, cu_seqlens, b, B, T, part, parts, row_stride, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
     """Rows past the last sequence, shared out over all programs of a head."""
     zero = tl.zeros((ROWS, WIDTH), out.dtype.element_ty)
-    for start in range(tl.load(cu_seqlens + B) + (b * parts + part) * ROWS, T, B.to(tl.int64) * parts * ROWS):
+    for start in range(tl.maximum(tl.load(cu_seqlens + B), 0) + (b * parts + part) * ROWS, T, B.to(tl.int64) * parts * ROWS):
         store(out, zero, start + tl.arange(0, ROWS), T, row_stride, D, WIDTH)
 
 
@@ -148,7 +149,7 @@ def forward_kernel(
 ):
     """grid (images * heads * parts of SPAN queries); keys in one pass over KEYS of them, or first the last ones, at most KEYS, and then
     LOOP at a time, all of which are there. The scale is positive or 0."""
-    b, head, first, base, n = place(cu_seqlens, N, H, SPAN, PACKED)
+    b, head, first, base, n = place(cu_seqlens, T, N, H, SPAN, PACKED)
     q_ptr = begin(qkv, b, head, base, x_batch, x_row, x_channel, D, PACKED)
     k_ptr = q_ptr + H.to(tl.int64) * D * x_channel
     v_ptr = k_ptr + H.to(tl.int64) * D * x_channel

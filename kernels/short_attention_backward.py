@@ -44,7 +44,7 @@ def query_gradient_kernel(
     grid (images * heads * tiles of QUERIES). Both come from the recomputed weights, so the forward stores nothing. The scale is positive
     or 0.
     """
-    b, head, first, base, n = place(cu_seqlens, N, H, QUERIES, PACKED)
+    b, head, first, base, n = place(cu_seqlens, T, N, H, QUERIES, PACKED)
     q_ptr = begin(qkv, b, head, base, x_batch, x_row, x_channel, D, PACKED)
     k_ptr = q_ptr + H.to(tl.int64) * D * x_channel
     v_ptr = k_ptr + H.to(tl.int64) * D * x_channel
@@ -109,7 +109,7 @@ def key_gradient_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):
     """dk and dv, a program for each tile of KEYS keys of a head: nothing is added from outside, so no atomics."""
-    b, head, first, base, n = place(cu_seqlens, N, H, KEYS, PACKED)
+    b, head, first, base, n = place(cu_seqlens, T, N, H, KEYS, PACKED)
     q_ptr = begin(qkv, b, head, base, x_batch, x_row, x_channel, D, PACKED)
     k_ptr = q_ptr + H.to(tl.int64) * D * x_channel
     do_ptr = begin(dout, b, head, base, d_batch, d_row, d_channel, D, PACKED)

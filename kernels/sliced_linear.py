@@ -27,9 +27,9 @@ def launch(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, side: str, widt
         return by_products(functools.partial(product, config=config), x, w, b, live, side, width)
 
 
-def launch_backward(dy: Tensor, x: Tensor, w: Tensor, live: Tensor, side: str, width: int,
+def launch_backward(dy: Tensor, x: Tensor, w: Tensor, live: Tensor, side: str, width: int, of_x: bool = True, of_w: bool = True,
                     config: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, w and b."""
+    """Gradients of x, w and b; empty where not asked for."""
     config = config or configured(OP, x, w, live, width)
     with on(x.device):
-        return gradients_by_products(functools.partial(product, config=config), dy, x, w, live, side, width)
+        return gradients_by_products(functools.partial(product, config=config), dy, x, w, live, side, width, of_x, of_w)

@@ -22,8 +22,8 @@ def launch(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | No
 
 
 def launch_backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, live: Tensor | None, width: int,
-                    config: dict | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, b1, w2 and b2."""
+                    of_x: bool = True, of_w: bool = True, config: dict | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w1, b1, w2 and b2; empty where not asked for."""
     config = config or configured(OP, x, w1, live, width)
     with on(x.device):
-        return gradients_by_products(functools.partial(product, config=config), dy, x, w1, b1, w2, live, width)
+        return gradients_by_products(functools.partial(product, config=config), dy, x, w1, b1, w2, live, width, of_x, of_w)

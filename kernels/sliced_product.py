@@ -121,7 +121,7 @@ def product_kernel(
         if left.dtype == tl.float32:  # compensated (Kahan, 1965): as exact as a library that splits a depth of thousands
             term = dot(left, right, -lost)
             higher = total + term
-            lost = (higher - total) - term
+            lost = tl.where(tl.abs(higher) < float("inf"), (higher - total) - term, 0.0)
             total = higher
         else:
             total = dot(left, right, total)

@@ -52,6 +52,28 @@ def test_triton(device, count):
     assert sum(lucky) <= len(lucky) // 100
 
 
+@pytest.mark.parametrize("cu_seqlens", [[0, 40], [-5, 3], [5, 2], [0, 6, 20], [-9, -2], [30, 40]])
+@pytest.mark.parametrize("device", DEVICES)
+def test_triton_touches_no_row_outside_of_its_buffers(device, cu_seqlens):
+    """Whatever cu_seqlens holds: on a GPU nobody has looked at it."""
+    from vitprune.kernels import short_attention, short_attention_backward
+    T, C, pad, made, empty = 8, 3 * 16, 1 << 12, [], torch.empty
+
+    def guarded(*shape, **options):
+        shape = torch.Size(shape[0] if isinstance(shape[0], tuple) else shape)
+        whole = empty(shape.numel() + 2 * pad, **options).fill_(7)
+        made.append(whole)
+        return whole[pad:pad + shape.numel()].view(shape)
+    qkv = torch.randn(T, C, device=device)
+    given = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    with (mock.patch.object(torch, "empty", guarded),
+          mock.patch.object(torch.Tensor, "new_empty", lambda t, *shape, **given: guarded(
+              *shape, **({"dtype": t.dtype, "device": t.device} | given)))):
+        short_attention.launch(qkv, 1, given, 4, 0.25)
+        short_attention_backward.launch(qkv[:, :16], qkv, 1, given, 4, 0.25)
+    assert len(made) >= 3 and all((whole[:pad] == 7).all() and (whole[-pad:] == 7).all() for whole in made)
+
+
 def forward(name, tensors, case):
     """The output alone, of a backend that has no gradient."""
     qkv, _, cu_seqlens, most = tensors

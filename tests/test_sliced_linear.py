@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
+from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
 from oracles import check_operator, within_twice_unless_lucky
 
 from vitprune import native, ops
@@ -157,6 +157,30 @@ def test_triton_configurations_and_determinism(side, device):
             for a, same, c in zip(got, again, truth, strict=True):
                 assert torch.equal(a, same)
                 torch.testing.assert_close(a.double(), c, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("name, device", [("reference", "cpu"), *kernels("triton")])
+def test_gradients_that_nobody_asked_for_are_left_out(name, device):
+    """In the shapes and strides that a compiler was promised, whatever those of the input."""
+    case = {"shape": (3, 5), "other": 24, "width": 16, "blocks": 3, "live": [2, 0], "bias": True, "dtype": torch.float32, "seed": 0}
+    for side in ("out", "in"):
+        (x, w, b), live, up = tensors_of(case | {"side": side}, device)
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        op, whole = torch.ops.vitprune.sliced_linear_backward.default, None
+        for of_x, of_w in ((True, True), (True, False), (False, True)):
+            args = (up, x, w, live, side, 16, of_x, of_w, name)
+            torch.library.opcheck(op, args)
+            found = op(*args)
+            whole = whole or found
+            for got, full, asked in zip(found, whole, (of_x, of_w, of_w), strict=True):
+                assert torch.equal(got, full) if asked else got.numel() == 0
+        for wanted in ((0,), (1,), (2,)):  # one of x, w and b
+            leaves = [t.clone().requires_grad_(i in wanted) for i, t in enumerate((x, w, b))]
+            with ops.backend(name):
+                ops.sliced_linear(*leaves, live, side=side, width=16).backward(up)
+            for i, (leaf, full) in enumerate(zip(leaves, whole)):
+                assert (leaf.grad is None) == (i not in wanted)
+                assert leaf.grad is None or torch.allclose(leaf.grad, full, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -158,6 +158,40 @@ def test_gelu_from_end_to_end(name, device, dtype):
     assert lost.isnan().all()  # infinity times the other units' zeros
 
 
+@pytest.mark.parametrize("name, device", [("reference", "cpu"), *kernels("triton")])
+@pytest.mark.parametrize("live", [[2, 0], None])
+def test_gradients_that_nobody_asked_for_are_left_out(name, device, live):
+    """In the shapes and strides that a compiler was promised, whatever those of the input."""
+    case = {"shape": (2, 3), "C": 8, "width": 16, "blocks": 3, "live": live, "b1": True, "b2": True, "residual": True,
+            "dtype": torch.float32, "seed": 0}
+    (x, w1, b1, w2, b2, residual), live, up = tensors_of(case, device)
+    x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    op, whole = torch.ops.vitprune.sliced_mlp_backward.default, None
+    for of_x, of_w in ((True, True), (True, False), (False, True)):
+        args = (up, x, w1, b1, w2, live, 16, of_x, of_w, name)
+        torch.library.opcheck(op, args)
+        found = op(*args)
+        whole = whole or found
+        for got, full, asked in zip(found, whole, (of_x, *4 * (of_w,)), strict=True):
+            assert torch.equal(got, full) if asked else got.numel() == 0
+    for wanted in range(6):
+        leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((x, w1, b1, w2, b2, residual))]
+        with ops.backend(name):
+            ops.sliced_mlp(*leaves[:5], live, width=16, residual=leaves[5]).backward(up)
+        for i, (leaf, full) in enumerate(zip(leaves, (*whole, up))):
+            assert (leaf.grad is None) == (i != wanted)
+            assert leaf.grad is None or torch.allclose(leaf.grad, full, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, device", kernels("triton") + CUDA)
+def test_what_overflows_is_infinite(name, device):
+    w, live = torch.eye(32, device=device), torch.tensor([0], dtype=torch.int32, device=device)
+    for value in (math.inf, 3e38):
+        x = torch.full((2, 32), value, device=device)
+        with ops.backend(name):
+            assert (ops.sliced_linear(x, torch.ones_like(w), None, live, side="out", width=16) == math.inf).all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_triton_is_registered(device):
     case = {"shape": (2, 3), "C": 8, "width": 16, "blocks": 3, "live": [2, 0], "b1": True, "b2": True, "residual": True,

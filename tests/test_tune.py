@@ -298,6 +298,22 @@ def test_configurations_are_checked_and_the_fastest_is_used(machine):
     assert configs.nearest(OP, 80, torch.float16, (("R", 300),)) is None
 
 
+@pytest.mark.parametrize(("op", "other", "serves"), [
+    ("short_attention", {"B": 4}, True), ("short_attention", {"N": 180}, True), ("short_attention", {"N": 208}, True),
+    ("short_attention", {"N": 209}, False), ("short_attention", {"D": 32}, False), ("policy_attention", {"D": 128}, False),
+    ("policy_attention", {"N": 577}, True), ("add_norm", {"C": 192}, True), ("add_norm", {"C": 1024}, False),
+    ("sliced_mlp", {"C": 1024}, True)])
+def test_what_was_tuned_for_less_does_not_serve_more(op, other, serves, monkeypatch):
+    """Tiles that hold whole heads, channels or keys would spill, or ask for more shared memory than there is."""
+    monkeypatch.setattr(configs, "_tuned", {})
+    monkeypatch.setattr(configs, "_said", {op})
+    config = configs.kernel(op).default(torch.float16, 90, **LAUNCHES[op]) if op != "short_attention" else \
+        configs.kernel(op).default(torch.float16, 90, **LAUNCHES[op]) | {"keys": 0}
+    configs.use(90, {op: {"float16": [{"shape": LAUNCHES[op], "config": config}]}})
+    found = configs.nearest(op, 90, torch.float16, tuple((LAUNCHES[op] | other).items()))
+    assert found == (config if serves else None)
+
+
 @pytest.mark.parametrize("op", LAUNCHES)
 def test_what_is_tuned_can_be_read(op):
     pytest.importorskip("triton")
@@ -309,6 +325,7 @@ def test_what_is_tuned_can_be_read(op):
 
 @pytest.mark.parametrize(("op", "shape", "config"), [
     ("short_attention", {}, {"queries": 0}), ("short_attention", {}, {"queries": 17}), ("short_attention", {}, {"queries": True}),
+    ("short_attention", {}, {"keys": 512}), ("short_attention", {}, {"queries": 8}), ("short_attention", {}, {"num_warps": 64}),
     ("short_attention", {}, {"spans": 0}), ("short_attention", {}, {"unheard": 1}), ("short_attention", {}, None),
     ("short_attention", {"N": -197}, {}), ("short_attention", {"unheard": 1}, {}), ("short_attention", None, {}),
     ("policy_attention", {}, {"keys": 0}), ("add_norm", {"R": 0}, {}), ("sliced_product", {}, {}), ("configs", {}, {}), ("../x", {}, {}),

@@ -21,7 +21,7 @@ from .surgery import compact, prune
 from .tokens import TokenPruning
 
 ROUNDS = 5
-REPEATS = 10  # calls of each kind timed on the GPU alone
+REPEATS = 2  # calls of each kind in a round on the GPU alone
 CYCLES = 3e9  # a second, no card runs faster
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COMPILED = ("compiled", "compiled:max-autotune", "compiled:reduce-overhead")
@@ -98,29 +98,32 @@ def interleave(calls: dict[str, Callable[[], object]], rounds: int = ROUNDS, min
 
 
 def gpu_times(calls: dict, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each of `calls` on the GPU alone, as in a CUDA graph.
+    """Median milliseconds of each of `calls` on the GPU alone, as in a CUDA graph; interleaved: A B C, A B C, ...
 
-    They wait behind a kernel that sleeps until the host has launched them all (a call that waits for the device is timed with its wait),
-    and what the cache holds is overwritten before each.
+    In a round each waits behind a kernel that sleeps until the host has launched all its calls (one that waits for the device is timed with
+    its wait), and what the cache holds is overwritten before each launch.
     """
-    found = {}
+    found: dict[str, list[float]] = {name: [] for name in calls}
     with torch.cuda.device(device):
         spoil = torch.empty(max(2 * torch.cuda.get_device_properties(device).L2_cache_size, 1 << 26), dtype=torch.uint8, device=device)
+        launching = {}
         for name, call in calls.items():
             torch.cuda.synchronize()
             start = time.perf_counter()
             call()
-            launching = time.perf_counter() - start
-            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
-            torch.cuda._sleep(int(CYCLES * min(0.5, 1e-3 + 1.5 * REPEATS * launching)))
-            for before, after in events:
-                spoil.zero_()
-                before.record()
-                call()
-                after.record()
-            torch.cuda.synchronize()
-            found[name] = statistics.median(before.elapsed_time(after) for before, after in events)
-    return found
+            launching[name] = time.perf_counter() - start
+        for _ in range(ROUNDS):
+            for name, call in calls.items():
+                events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(REPEATS)]
+                torch.cuda._sleep(int(CYCLES * min(0.5, 1e-3 + 1.5 * REPEATS * launching[name])))
+                for before, after in events:
+                    spoil.zero_()
+                    before.record()
+                    call()
+                    after.record()
+                torch.cuda.synchronize()
+                found[name] += [before.elapsed_time(after) for before, after in events]
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def compare(dense: nn.Module, pruned: nn.Module, batch: int = 1, device: str = "cpu", dtype: str = "float32",

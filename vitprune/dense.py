@@ -1,4 +1,8 @@
 """The dense parts of a timm vision transformer by the fastest calls there are; hooks see their modules as ever."""
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import torch
 from timm.layers import DropPath, Format, LayerNorm, PatchEmbed
 from torch import Tensor, nn
@@ -13,14 +17,28 @@ def watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-def plain(layer: nn.Module) -> bool:
+_counted = contextvars.ContextVar("counted", default=False)
+counting = _counted.get
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[None]:
+    """Inside, hooks on layers of which units are dead are a counter's, for which only what is alive is to run."""
+    token = _counted.set(True)
+    try:
+        yield
+    finally:
+        _counted.reset(token)
+
+
+def sliceable(layer: nn.Module) -> bool:
     """Whether its weight and bias are all there is to it: a linear layer that nobody watches, replaced or computes weights for."""
-    return type(layer) is nn.Linear and not watched(layer)
+    return type(layer) is nn.Linear and (not watched(layer) or counting())
 
 
 def dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
     """act(layer(x)) or residual + layer(x), in one call where both are as timm made them and nobody watches them."""
-    if plain(layer) and (act is None or not watched(act)):
+    if type(layer) is nn.Linear and not watched(layer) and (act is None or not watched(act)):
         return ops.linear(x, *weight_and_bias(layer), gelu=act is not None, residual=residual, packed=layer.__dict__.get("packed"))
     x = layer(x)
     x = x if act is None else act(x)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
-from .dense import dense, drop, normalise, plain, watched
+from .dense import counting, dense, drop, normalise, sliceable, watched
 from .learned import Gate
 from .ops.linear import weight_and_bias
 from .ops.sliced_linear import block_index, gather, spread
@@ -42,14 +42,14 @@ def _live_buffer(module: nn.Module, kind: str, ids: Sequence[int] | None, count:
 
 def _outputs(layer: nn.Module, x: Tensor, live: Tensor, width: int) -> Tensor:
     """The live blocks of layer(x); of one that is watched, wrapped or reparametrised by computing them all."""
-    if plain(layer):
+    if sliceable(layer):
         return ops.sliced_linear(x, *weight_and_bias(layer), live, side="out", width=width)
     return gather(layer(x), x.dim() - 1, live, width)
 
 
 def _inputs(layer: nn.Module, y: Tensor, live: Tensor, width: int, units: int) -> Tensor:
     """The layer of so many inputs, of which the dead are zero and y has the live ones."""
-    if plain(layer):
+    if sliceable(layer):
         return ops.sliced_linear(y, *weight_and_bias(layer), live, side="in", width=width)
     return layer(spread(y.new_empty(*y.shape[:-1], units), y.dim() - 1, live, width, y))
 
@@ -223,10 +223,11 @@ class PrunedMlp(Mlp):
 
     def _fuses(self) -> bool:
         """Whether the MLP may be one operator: all is as timm made it, nothing lies between its products, nobody watches them."""
-        parts = self._modules
-        drop1 = parts["drop1"]
-        return (plain(parts["fc1"]) and plain(parts["fc2"]) and not watched(parts["act"]) and not watched(drop1)
-                and not (self.training and drop1.p > 0) and (self.hidden_gate is None or self._buffers["live"] is not None))
+        parts, dead = self._modules, self._buffers["live"] is not None
+        fc1, act, drop1, fc2 = parts["fc1"], parts["act"], parts["drop1"], parts["fc2"]
+        if self.training and drop1.p > 0 or not (dead or self.hidden_gate is None) or not (sliceable(fc1) and sliceable(fc2)):
+            return False
+        return dead and counting() or not any(map(watched, (fc1, act, drop1, fc2)))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,8 +1,8 @@
 """Tuned launch configurations: sm90.json would hold those of compute capability 9.0, a card's dispatch file holds its own; kernels launch
 by `default` elsewhere.
 
-{operator: {dtype: [{"shape": {name: int}, "config": {name: int}}]}}; a shape that is not listed takes the nearest that is; where
-that is far, it is said once for each operator.
+{operator: {dtype: [{"shape": {name: int}, "config": {name: int}}]}}; a shape that is not listed takes the nearest that is, and holds no
+less on chip; where that is far, it is said once for each operator. `default` serves where all were tuned for less.
 What was tuned on this very card goes before it (`use`). Here lie the dispatch files of measured cards (vitprune/ops/dispatch.py).
 """
 import contextlib
@@ -20,6 +20,7 @@ import torch
 FOLDER = Path(__file__).parent
 FAR = 2.0  # doublings of sizes beyond which the nearest configuration may be a bad one
 COUNTS = ("spans", "programs", "stages")  # ends of names; tiles and warps are powers of two
+TILES = {"queries": (16, 256), "keys": (16, 256), "warps": (1, 32)}  # ends of names: the least and the most that kernels work with
 _tuned: dict[int, dict] = {}   # by compute capability, a table as in the files
 _said: set[str] = set()        # operators for which the nearest configuration served
 _probe: dict[tuple, dict | None] | None = None  # not by thread: a gradient runs in another
@@ -74,9 +75,13 @@ def _fits(op: str, dtype: torch.dtype, shape: dict, config: dict) -> bool:
     if importlib.util.find_spec("triton") is None:  # nothing is launched, and what it would take is not known
         return True
     file = kernel(op)
-    least = {"keys": 0} if hasattr(file, "keys_of") else {}  # 0: all in one pass
-    return config.keys() == file.default(dtype, 80, **shape).keys() and all(
-        size >= least.get(name, 1) and (name.endswith(COUNTS) or not size & size - 1) for name, size in config.items())
+
+    def fits(name: str, size: int) -> bool:
+        if name == "keys" and size == 0 and hasattr(file, "keys_of"):  # all in one pass
+            return True
+        least, most = next((TILES[end] for end in TILES if name.endswith(end)), (1, math.inf))
+        return least <= size <= most and (name.endswith(COUNTS) or not size & size - 1)
+    return config.keys() == file.default(dtype, 80, **shape).keys() and all(fits(name, size) for name, size in config.items())
 
 
 @contextlib.contextmanager
@@ -92,16 +97,27 @@ def probing(given: dict[tuple, dict | None]) -> Iterator[dict[tuple, dict | None
 
 
 def nearest(op: str, arch: int, dtype: torch.dtype, shape: tuple[tuple[str, int], ...]) -> dict | None:
-    """The configuration tuned for the shape closest to `shape`, sizes compared as ratios; None where none was tuned."""
+    """The configuration tuned for the shape closest to `shape`, sizes compared as ratios, among those that held as much on chip; None
+    where none was tuned."""
     if _probe is not None:
         return _probe.setdefault((op, arch, dtype, shape))
     return _nearest(op, arch, dtype, shape)
 
 
+def _holds(row: dict, shape: dict) -> bool:
+    """Whether tiles that were tuned for that row's shape hold no more of `shape` than they did of it: heads are held whole, so are the
+    channels of a norm, and all keys of one pass. More registers would be spilled, and more shared memory need not be there."""
+    was = {**shape, **row["shape"]}
+    more = (shape.get("D") != was.get("D") or ("R" in shape and shape.get("C", 0) > was.get("C", 0))
+            or (row["config"].get("keys") == 0 and -(-shape.get("N", 0) // 16) > -(-was.get("N", 0) // 16)))
+    return not more
+
+
 @functools.lru_cache(maxsize=4096)
 def _nearest(op: str, arch: int, dtype: torch.dtype, shape: tuple[tuple[str, int], ...]) -> dict | None:
     kind = str(dtype).removeprefix("torch.")
-    rows = _tuned.get(arch, {}).get(op, {}).get(kind) or table(arch).get(op, {}).get(kind)
+    rows = _tuned.get(arch, {}).get(op, {}).get(kind) or table(arch).get(op, {}).get(kind) or []
+    rows = [row for row in rows if _holds(row, dict(shape))]
 
     def distance(row: dict) -> float:
         return sum(abs(math.log2(max(size, 1) / max(row["shape"].get(name, 1), 1))) for name, size in shape)

@@ -60,7 +60,7 @@ def gather(w: Tensor | None, dim: int, live: Tensor | None, width: int) -> Tenso
 def spread(like: Tensor, dim: int, live: Tensor | None, width: int, values: Tensor) -> Tensor:
     """The inverse of `gather`: zeros like `like` but for the live blocks along dim, which are the values."""
     if live is None:
-        return values.to(like.dtype)
+        return torch.empty_like(like).copy_(values)
     full = torch.zeros_like(like)
     blocks = values.unflatten(dim, (live.shape[0], width)).to(like.dtype)
     full.unflatten(dim, (like.shape[dim] // width, width)).index_copy_(dim, live.long(), blocks)
@@ -83,13 +83,20 @@ def by_products(product, x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, s
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def gradients_by_products(product, dy: Tensor, x: Tensor, w: Tensor, live: Tensor, side: str, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def gradients_by_products(product, dy: Tensor, x: Tensor, w: Tensor, live: Tensor, side: str, width: int, of_x: bool,
+                          of_w: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, w and b; of dead blocks zero, and never computed."""
     flat, dy, out, live = as_rows(x), as_rows(dy), side == "out", live.contiguous()
-    dx, dw, db = torch.empty(flat.shape, dtype=x.dtype, device=x.device), torch.zeros_like(w), dy.sum(0).to(w.dtype)
-    product(dy, w, dx, live, width, live_columns=not out, live_depth=out)
-    product(dy.t(), flat, dw, live, width, live_rows=out, full_columns=not out)
-    return dx.view(x.shape), dw, spread(w.new_empty(w.shape[0]), 0, live, width, db) if out else db
+    dx, dw, db = (t.new_empty(0) for t in (x, w, w))
+    if of_x:
+        dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+        product(dy, w, dx, live, width, live_columns=not out, live_depth=out)
+        dx = dx.view(x.shape)
+    if of_w:
+        dw, db = torch.zeros_like(w), dy.sum(0).to(w.dtype)
+        product(dy.t(), flat, dw, live, width, live_rows=out, full_columns=not out)
+        db = spread(w.new_empty(w.shape[0]), 0, live, width, db) if out else db
+    return dx, dw, db
 
 
 def as_rows(t: Tensor) -> Tensor:
@@ -103,28 +110,32 @@ def one_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
         t is None or t.dtype == x.dtype or fail(op, name, f"{x.dtype} as x", t.dtype)
 
 
-def _backward(dy, x, w, live, side: str, width: int, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dw, db; dead blocks of dw and db are zero."""
+def _backward(dy, x, w, live, side: str, width: int, of_x: bool, of_w: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dw, db; dead blocks of dw and db are zero; empty where not asked for: of_x, of_w (and the bias)."""
     if backend == "triton":
         from ..kernels import sliced_linear as triton
-        return triton.launch_backward(dy, x, w, live, side, width)
+        return triton.launch_backward(dy, x, w, live, side, width, of_x, of_w)
     if backend == "cuda":
-        return gradients_by_products(native.product, dy, x, w, live, side, width)
+        return gradients_by_products(native.product, dy, x, w, live, side, width, of_x, of_w)
     dim, flat_y, flat_x = 1 if side == "in" else 0, as_rows(dy), as_rows(x)
-    dw, db = spread(w, dim, live, width, flat_y.t() @ flat_x), flat_y.sum(0).to(w.dtype)
-    db = spread(w.new_empty(w.shape[0]), 0, live, width, db) if side == "out" else db
-    return (flat_y @ gather(w, dim, live, width)).view(x.shape), dw, db
+    dx, dw, db = (t.new_empty(0) for t in (x, w, w))
+    if of_x:
+        dx = (flat_y @ gather(w, dim, live, width)).view(x.shape)
+    if of_w:
+        dw, db = spread(w, dim, live, width, flat_y.t() @ flat_x), flat_y.sum(0).to(w.dtype)
+        db = spread(w.new_empty(w.shape[0]), 0, live, width, db) if side == "out" else db
+    return dx, dw, db
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, w, b, live, ctx.side, ctx.width, ctx.backend = inputs
-    ctx.bias = b is not None
+    x, w, _, live, ctx.side, ctx.width, ctx.backend = inputs
     ctx.save_for_backward(x, w, live)
 
 
 def _gradient(ctx, dy):
-    dx, dw, db = run(OP + "_backward", dy, *ctx.saved_tensors, ctx.side, ctx.width, ctx.backend)
-    return dx, dw, db if ctx.bias else None, None, None, None, None
+    of_x, of_w, of_b = ctx.needs_input_grad[:3]
+    dx, dw, db = run(OP + "_backward", dy, *ctx.saved_tensors, ctx.side, ctx.width, of_x, of_w or of_b, ctx.backend)
+    return dx if of_x else None, dw if of_w else None, db if of_b else None, None, None, None, None
 
 
 def _fake(x, w, b, live, side, width, backend):
@@ -141,9 +152,12 @@ def _macs(x, w, b, live, side, width, *_) -> int:
 define(OP, "(Tensor x, Tensor w, Tensor? b, Tensor live, str side, int width, str backend) -> Tensor",
        lambda x, w, b, live, side, width, backend: find(OP, backend).run(x, w, b, live, side, width), _fake, cast=("x", "w", "b"),
        macs=_macs)
-define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w, Tensor live, str side, int width, str backend) -> (Tensor, Tensor, Tensor)",
-       _backward, lambda dy, x, w, live, side, width, backend: (torch.empty_like(x), torch.empty_like(w), w.new_empty(w.shape[0])),
-       macs=lambda dy, x, w, live, side, width, *_: 2 * _macs(x, w, None, live, side, width))
+define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w, Tensor live, str side, int width, bool of_x, bool of_w, str backend) "
+       "-> (Tensor, Tensor, Tensor)", _backward,
+       lambda dy, x, w, live, side, width, of_x, of_w, backend: (
+           x.new_empty(x.shape if of_x else 0),
+           *((torch.empty_like(w), w.new_empty(w.shape[0])) if of_w else (w.new_empty(0) for _ in range(2)))),
+       macs=lambda dy, x, w, live, side, width, of_x, of_w, *_: (of_x + of_w) * _macs(x, w, None, live, side, width))
 gradient(OP, _gradient, _setup)
 
 

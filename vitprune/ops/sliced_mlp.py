@@ -67,45 +67,58 @@ def by_products(product, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b
 
 
 def gradients_by_products(product, dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, live: Tensor | None,
-                          width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+                          width: int, of_x: bool, of_w: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, b1, w2 and b2; of dead units zero, and never computed. The hidden layer is computed again."""
     flat, dy, live = as_rows(x), as_rows(dy), live if live is None else live.contiguous()
     hidden, dh = (torch.empty(len(flat), native.units(w1.shape[0], live, width), dtype=x.dtype, device=x.device) for _ in range(2))
-    dx, dw1, dw2 = torch.empty(flat.shape, dtype=x.dtype, device=x.device), torch.zeros_like(w1), torch.zeros_like(w2)
+    dx, dw1, db1, dw2, db2 = (t.new_empty(0) for t in (x, w1, w1, w2, w2))
     product(flat, w1.t(), hidden, live, width, live_columns=True, bias=b1 if b1 is None else b1.contiguous())
     product(dy, w2, dh, live, width, live_columns=True, other=hidden, epilogue="gelu gradient")  # hidden: now after the GELU
-    product(dh, w1, dx, live, width, live_depth=True)
-    product(dh.t(), flat, dw1, live, width, live_rows=True)
-    product(dy.t(), hidden, dw2, live, width, full_columns=True)
-    return dx.view(x.shape), dw1, spread(w1.new_empty(w1.shape[0]), 0, live, width, dh.sum(0)), dw2, dy.sum(0).to(w2.dtype)
+    if of_x:
+        dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+        product(dh, w1, dx, live, width, live_depth=True)
+        dx = dx.view(x.shape)
+    if of_w:
+        dw1, dw2, db2 = torch.zeros_like(w1), torch.zeros_like(w2), dy.sum(0).to(w2.dtype)
+        product(dh.t(), flat, dw1, live, width, live_rows=True)
+        product(dy.t(), hidden, dw2, live, width, full_columns=True)
+        db1 = spread(w1.new_empty(w1.shape[0]), 0, live, width, dh.sum(0))
+    return dx, dw1, db1, dw2, db2
 
 
-def _backward(dy, x, w1, b1, w2, live, width: int, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, dw1, db1, dw2, db2; dead units are zero. The hidden layer is recomputed rather than stored."""
+def _backward(dy, x, w1, b1, w2, live, width: int, of_x: bool, of_w: bool,
+              backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, dw1, db1, dw2, db2; dead units are zero; empty where not asked for: of_x, of_w (of weights and biases). The hidden layer is
+    recomputed rather than stored."""
     if backend == "triton":
         from ..kernels import sliced_mlp as triton
-        return triton.launch_backward(dy, x, w1, b1, w2, live, width)
+        return triton.launch_backward(dy, x, w1, b1, w2, live, width, of_x, of_w)
     if backend == "cuda":
-        return gradients_by_products(native.product, dy, x, w1, b1, w2, live, width)
+        return gradients_by_products(native.product, dy, x, w1, b1, w2, live, width, of_x, of_w)
     rows, dy = as_rows(x), as_rows(dy)
     w1_live, w2_live = gather(w1, 0, live, width), gather(w2, 1, live, width)
     h = F.linear(rows, w1_live, gather(b1, 0, live, width))
     dh = torch.ops.aten.gelu_backward(dy @ w2_live, h)
-    return ((dh @ w1_live).view(x.shape), spread(w1, 0, live, width, dh.t() @ rows),
-            spread(w1.new_empty(w1.shape[0]), 0, live, width, dh.sum(0)), spread(w2, 1, live, width, dy.t() @ F.gelu(h)), dy.sum(0))
+    dx = (dh @ w1_live).view(x.shape) if of_x else x.new_empty(0)
+    if not of_w:
+        return dx, *(t.new_empty(0) for t in (w1, w1, w2, w2))
+    return (dx, spread(w1, 0, live, width, dh.t() @ rows), spread(w1.new_empty(w1.shape[0]), 0, live, width, dh.sum(0)),
+            spread(w2, 1, live, width, dy.t() @ F.gelu(h)), dy.sum(0))
 
 
 def _setup(ctx, inputs, output) -> None:
-    x, w1, b1, w2, b2, live, residual, ctx.width, ctx.backend = inputs
-    ctx.b2, ctx.residual = b2 is not None, residual is not None
+    x, w1, b1, w2, _, live, _, ctx.width, ctx.backend = inputs
     ctx.save_for_backward(x, w1, b1, w2, live)
 
 
 def _gradient(ctx, dy):
     x, w1, b1, w2, live = ctx.saved_tensors
-    dx, dw1, db1, dw2, db2 = run(OP + "_backward", dy, x, w1, b1, w2, live, ctx.width, ctx.backend)
-    return (dx, dw1, None if b1 is None else db1, dw2, db2 if ctx.b2 else None, None,
-            dy if ctx.residual else None, None, None)
+    of_x, *of_w = ctx.needs_input_grad[:5]
+    found = [None] * 5
+    if of_x or any(of_w):
+        found = run(OP + "_backward", dy, x, w1, b1, w2, live, ctx.width, of_x, any(of_w), ctx.backend)
+    found = [t if wanted else None for t, wanted in zip(found, ctx.needs_input_grad)]
+    return *found, None, dy if ctx.needs_input_grad[6] else None, None, None
 
 
 def _macs(x, w1, b1, w2, b2, live, residual, width, *_) -> int:
@@ -119,11 +132,13 @@ define(OP, "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? liv
        lambda x, w1, b1, w2, b2, live, residual, width, backend: find(OP, backend).run(x, w1, b1, w2, b2, live, residual, width),
        lambda x, w1, b1, w2, b2, live, residual, width, backend: x.new_empty(*x.shape[:-1], w2.shape[0]),
        cast=("x", "w1", "b1", "w2", "b2", "residual"), macs=_macs)
-define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? live, int width, str backend) "
-       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)", _backward,
-       lambda dy, x, w1, b1, w2, live, width, backend: (torch.empty_like(x), torch.empty_like(w1), w1.new_empty(w1.shape[0]),
-                                                        torch.empty_like(w2), w2.new_empty(w2.shape[0])),
-       macs=lambda dy, x, w1, b1, w2, live, width, *_: 5 * _macs(x, w1, None, w2, None, live, None, width) // 2)
+define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? live, int width, bool of_x, bool of_w, "
+       "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _backward,
+       lambda dy, x, w1, b1, w2, live, width, of_x, of_w, backend: (
+           x.new_empty(x.shape if of_x else 0), *((torch.empty_like(w1), w1.new_empty(w1.shape[0]), torch.empty_like(w2),
+                                                   w2.new_empty(w2.shape[0])) if of_w else (t.new_empty(0) for t in (w1, w1, w2, w2)))),
+       macs=lambda dy, x, w1, b1, w2, live, width, of_x, of_w, *_: (
+           (2 + of_x + 2 * of_w) * _macs(x, w1, None, w2, None, live, None, width) // 2))
 gradient(OP, _gradient, _setup)
 
 
