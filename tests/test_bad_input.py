@@ -115,6 +115,16 @@ OPERATORS = {
         lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, IDS([-1]), side="out", width=4),
     "sliced_mlp: live must be ids in 0..3, each once, got [1, 1]":
         lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 16), None, IDS([1, 1]), width=4),
+    "sliced_mlp: w2 must be torch.float32 as x, got torch.float16":
+        lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 16).half(), None, None),
+    "sliced_linear: w must be torch.float32 as x, got torch.float16":
+        lambda: ops.sliced_linear(Z(2, 8), Z(16, 8).half(), None, IDS([0]), side="out", width=4),
+    "add_norm: eps must be a number >= 0, got nan": lambda: ops.add_norm(Z(2, 8), Z(2, 8), Z(8), Z(8), float("nan")),
+    "add_norm: weight must be [C] = (8,), got None": lambda: ops.add_norm(Z(2, 8), Z(2, 8), None, Z(8), 1e-6),
+    "add_norm: bias must be torch.float32 as weight, got torch.float16": lambda: ops.add_norm(Z(2, 8), Z(2, 8), Z(8), Z(8).half(), 1e-6),
+    "layer_norm: eps must be a number >= 0, got '1'": lambda: ops.layer_norm(Z(2, 8), Z(8), Z(8), "1"),
+    "layer_norm: eps must be a number >= 0, got -1": lambda: ops.layer_norm(Z(2, 8), Z(8), Z(8), -1),
+    "layer_norm: weight must be [C] = (8,), got None": lambda: ops.layer_norm(Z(2, 8), None, Z(8), 1e-6),
     "sliced_mlp: w2 must be [C, F] with F = 16, got (8, 15)":
         lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 15), None, IDS([0]), width=4),
     "sliced_mlp: width must be a positive int that divides F = 16, got 4.0":

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..native import add_norm as native
 from ..native.add_norm import alike, outputs
-from .checks import fail, on_device
+from .checks import fail, is_eps, on_device
 from .registry import Backend, call, choose, define, find, gradient, large, run, serve
 
 OP = "add_norm"
@@ -24,10 +24,13 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, e
     dtype.is_floating_point or fail(OP, "x", "floating point", dtype)
     residual.shape == shape or fail(OP, "residual", f"like x, {tuple(shape)}", residual.shape)
     *rows, C = shape
+    weight is None and fail(OP, "weight", f"[C] = {(C,)}", weight)
+    is_eps(eps) or fail(OP, "eps", "a number >= 0", repr(eps))
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
         if t is not None:
             t.shape == (C,) or fail(OP, name, f"[C] = {(C,)}", t.shape)
             t.dtype.is_floating_point or fail(OP, name, "floating point", t.dtype)
+    bias is None or bias.dtype == weight.dtype or fail(OP, "bias", f"{weight.dtype} as weight", bias.dtype)
     on_device(OP, "x", device, residual=residual, weight=weight, bias=bias, gamma=gamma)
     # A branch on the size, not the size: a graph traced with dynamic sizes needs constants to choose by.
     facts = {"residual": residual.dtype, "weight": weight.dtype, "gamma": (weight if gamma is None else gamma).dtype,

@@ -22,6 +22,11 @@ def is_number(value) -> bool:
     return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt))
 
 
+def is_eps(value) -> bool:
+    """Whether that can be added to a variance."""
+    return type(value) is float and value >= 0 or is_number(value) and value >= 0
+
+
 def values(t: Tensor) -> list | None:
     """The numbers of a tensor where reading them waits for nothing: on a CPU, outside of what is traced; None elsewhere."""
     if t.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(t) is not Tensor:

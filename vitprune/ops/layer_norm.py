@@ -4,7 +4,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from .checks import fail, on_device
+from .checks import fail, is_eps, on_device
 from .linear import weight_and_bias
 from .registry import Backend, autocasts, call, choose, define, find, large, serve
 
@@ -21,10 +21,13 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     dtype, device = x.dtype, x.device
     dtype.is_floating_point or fail(OP, "x", "floating point", dtype)
     *rows, C = x.shape
+    weight is None and fail(OP, "weight", f"[C] = {(C,)}", weight)
+    is_eps(eps) or fail(OP, "eps", "a number >= 0", repr(eps))
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             t.shape == (C,) or fail(OP, name, f"[C] = {(C,)}", t.shape)
             t.dtype.is_floating_point or fail(OP, name, "floating point", t.dtype)
+    bias is None or bias.dtype == weight.dtype or fail(OP, "bias", f"{weight.dtype} as weight", bias.dtype)
     on_device(OP, "x", device, weight=weight, bias=bias)
     facts = {"weight": weight.dtype, "wide": True if C > 4096 else False, "large": large(prod(rows))}
     if autocasts(device):

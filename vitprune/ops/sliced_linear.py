@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..native import sliced_product as native
 from .checks import fail, is_int, on_device, values
-from .registry import Backend, call, choose, define, find, gradient, large, run, serve
+from .registry import Backend, autocasts, call, choose, define, find, gradient, large, run, serve
 
 OP = "sliced_linear"
 
@@ -33,6 +33,7 @@ def sliced_linear(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, *, side:
     b is None or b.shape == w.shape[:1] or fail(OP, "b", f"[O] = {tuple(w.shape[:1])}", b if b is None else b.shape)
     x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
     on_device(OP, "x", x.device, w=w, b=b, live=live)
+    autocasts(x.device) or one_dtype(OP, x, w=w, b=b)
     return call(OP, choose(OP, x.device, x.dtype, width=width, large=large(prod(x.shape[:-1]))), x, w, b, live, side, width)
 
 

@@ -39,6 +39,7 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     residual is None or residual.shape == out or fail(OP, "residual", f"{out}", residual if residual is None else residual.shape)
     x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
     on_device(OP, "x", x.device, w1=w1, b1=b1, w2=w2, b2=b2, live=live, residual=residual)
+    autocasts(x.device) or one_dtype(OP, x, w1=w1, b1=b1, w2=w2, b2=b2)
     name = choose(OP, x.device, x.dtype, **facts)
     if residual is not None and (autocasts(x.device) or residual.dtype != x.dtype):  # it keeps its precision
         return residual + call(OP, name, x, w1, b1, w2, b2, live, None, width)
