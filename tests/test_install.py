@@ -174,6 +174,16 @@ class TestBuild:
         assert has(names, ".so")
         assert not has(names, ".cubin")
 
+    @pytest.mark.parametrize("plan, asked, archs", [
+        (("860", ""), {}, (86,)), (("750", "nvcc warning : Cannot find valid GPU for 'native'"), {}, ()),
+        (("750", "nvcc warning : Cannot find valid GPU for 'native'"), {"VITPRUNE_CUDA_ARCHS": "80"}, (80,))])
+    def test_cubins_of_an_editable_install(self, tmp_path, plan, asked, archs):
+        """It serves this machine alone: without a card there are none but those asked for."""
+        python = borrowing(tmp_path / "env")
+        run(python, "-m", "pip", "install", "--no-deps", "--ignore-installed", "-e", ROOT, **fake_cuda_home(tmp_path, SEES % plan),
+            **asked).check_returncode()
+        assert {path.name for path in (tmp_path / "env").rglob("*.cubin")} == each_cubin(*archs)
+
     @pytest.mark.parametrize("asked", [{"VITPRUNE_REQUIRE_NATIVE": "cuda"}, {"VITPRUNE_CUDA_ARCHS": "80"}], ids=["cuda", "80"])
     @pytest.mark.parametrize("script", ["exit 1", '[ "$1" = --list-gpu-code ] && echo sm_80', "exit 0",
                                         'if [ "$1" = --list-gpu-code ]; then echo sm_80; fi'],
