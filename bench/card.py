@@ -23,6 +23,7 @@ import torch
 
 from bench.model import MODELS, PRUNING
 from vitprune import bench, nvrtc
+from vitprune.doctor import choose_device
 from vitprune.ops import dispatch, registry
 
 HERE = Path(__file__).parent
@@ -158,6 +159,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file to write")
     parser.add_argument("--job", choices=jobs(), help=argparse.SUPPRESS)  # in the process of one job
     options = parser.parse_args()
+    try:
+        choose_device(options.device, "bench.card")
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
+    options.budget > 0 or parser.error(f"budget must be > 0 seconds, got {options.budget}")
     if options.job:
         for row in work(options.job, options.device):
             print(json.dumps(row), flush=True)

@@ -109,12 +109,13 @@ def compile_launch(kernel, args, options: dict, arch: int) -> dict:
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        free = parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not free):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = mangle_type(value)
         aligned = value.storage_offset() * value.element_size() if isinstance(value, torch.Tensor) else value
-        if not isinstance(aligned, float) and aligned % 16 == 0:
+        if not free and not isinstance(aligned, float) and aligned % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch, 32), options=tuning)
     with tempfile.TemporaryDirectory() as folder:

@@ -54,7 +54,8 @@ TILES = [dict(zip(NAMES, tile)) for tile in ((), (128, 64, 64, 64, 128, 64), (64
 @st.composite
 def cases(draw, real: bool):
     blocks = 4 if real else draw(st.integers(1, 4))
-    live = draw(st.permutations(range(blocks)))[:draw(st.integers(0, blocks))] if draw(st.integers(0, 5)) else None
+    count = draw(st.sampled_from((None, 0, *6 * (-1,))))  # all, none, or some
+    live = None if count is None else draw(st.permutations(range(blocks)))[:draw(st.integers(1, blocks)) if count else 0]
     heads, shape = draw(st.sampled_from((1, 2))), (draw(st.integers(0, 3)), draw(st.integers(0, 40)))
     shape = (4 // heads, draw(st.integers(64, 260))) if real else shape
     return {"shape": shape, "C": 64 * heads if real else draw(st.integers(1, 50)), "blocks": blocks, "live": live,

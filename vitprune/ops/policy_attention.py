@@ -22,7 +22,8 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, scale: 
     q, k, v [B, H, N, D], any strides; policy [B, N] in 0..1, 1 keeps a key and 0 drops it. Returns [B, H, N, D].
     With P_ij = p_j for i != j and 1 for i = j, and e_ij = exp(s_ij - m_i): A_ij = (e_ij P_ij + eps/N) / (sum_j e_ij P_ij + eps).
     eps > 0 takes m_i over all keys, as the official code does; eps = 0 takes it over kept keys and the token itself,
-    so the result is finite however large a dropped score is, and NaN or infinities in dropped tokens stay in their rows.
+    so the result is finite however large a dropped score is, and NaN or infinities in dropped tokens stay in their rows; not so
+    in gradients, whose products with zeros they turn to NaN in all backends but "cpp".
     Raises ValueError for arguments whose shapes, dtypes or devices do not fit together.
     """
     B, H, N, D = _check(q, k, v, policy, eps)

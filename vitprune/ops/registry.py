@@ -57,7 +57,8 @@ def backend(name: str) -> Iterator[None]:
     Raises ValueError for a name no operator knows, RuntimeError inside of what torch.compile traces, where it would have no
     effect: choose around the compiled function. An operator that has the backend but cannot use it raises
     RuntimeError with the reason; an operator that does not have it chooses as always. A graph that torch.compile has
-    traced keeps the choice made when it was traced.
+    traced keeps the choice made when it was traced. What torch.utils.checkpoint recomputes in a backward pass is computed outside of the
+    `with`, and on a GPU in another thread: let the checkpointed function choose by itself.
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("backend: it must be chosen around the compiled function, not inside of it")
