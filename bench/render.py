@@ -109,7 +109,7 @@ def choices(data: dict) -> str:
     found: dict[str, dict] = {}
     for choice in data["choices"]:
         facts = choice["facts"]
-        row = choice["op"] + (", packed" if facts.get("packed") else "")
+        row = choice["op"] + "".join(f", {form}" for form in ("packed", "dense") if facts.get(form))
         cell = found.setdefault(row, {}).setdefault((facts.get("graph", False), facts.get("grad", False)), {})
         cell[choice["dtype"], {True: "large", False: "small", None: ""}[facts.get("large")]] = choice["backend"]
     lines = [f"| {data['card']} | " + " | ".join(modes.values()) + " |", "|-" * (len(modes) + 1) + "|"]
