@@ -18,8 +18,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .dense import PatchProduct
-from .layers import adopt, compact_block
+from .layers import adopt
 from .resume import sync
+from .surgery import compact_block
 from .tokens import TokenPruning
 from .vit import PrunedDistilledViT, PrunedViT
 

@@ -13,7 +13,7 @@ from . import ops
 from .dense import counting, dense, drop, normalise, sliceable, watched
 from .learned import Gate
 from .ops.linear import weight_and_bias
-from .ops.sliced_linear import block_index, gather, spread
+from .ops.sliced_linear import gather, spread
 from .split import LEAK, Split
 
 
@@ -317,39 +317,3 @@ class PrunedBlock(Block):
 
 _PLAIN = {PrunedBlock, PrunedAttention, PrunedMlp, Gate, LayerScale, DropPath, LayerNorm, nn.LayerNorm, nn.Linear, nn.GELU, GELU,
           nn.Dropout, nn.Identity}
-
-
-@torch.no_grad()
-def compact_block(block: PrunedBlock) -> None:
-    """Slice the weights of a block, in place, to its live heads, dimensions of heads and hidden units."""
-    attn, mlp = block.attn, block.mlp
-    if attn.live is not None or attn.dims is not None:
-        H, D, device = attn.num_heads, attn.head_dim, attn.qkv.weight.device
-        live = torch.arange(H, device=device) if attn.live is None else attn.live.long()
-        dims = torch.arange(D, device=device).expand(2, H, D) if attn.dims is None else attn.dims
-        qk, v = (live[:, None] * D + dims[:, live]).flatten(1)
-        _slice(attn.qkv, torch.cat([qk, qk + H * D, v + 2 * H * D]), 0)
-        _slice(attn.proj, v, 1)
-        attn.num_heads, attn.head_dim = live.shape[0], dims.shape[-1]
-        attn.attn_dim = attn.num_heads * attn.head_dim
-        attn.set_live(None)
-        attn.set_dims(None)
-    if mlp.live is not None:
-        units = block_index(mlp.live, mlp.width)
-        _slice(mlp.fc1, units, 0)
-        _slice(mlp.fc2, units, 1)
-        mlp.set_live(None, mlp.width)
-
-
-def _slice(linear: nn.Linear, index: Tensor, dim: int) -> None:
-    if type(linear) is not nn.Linear or linear._parameters.get("weight") is None:
-        raise ValueError(f"compact: layers that lose units must be plain nn.Linear (merge adapters and reparametrisations first), got "
-                         f"{type(linear).__name__}")
-
-    def kept(p: nn.Parameter, d: int) -> nn.Parameter:
-        return nn.Parameter(p.index_select(d, index), requires_grad=p.requires_grad)
-
-    linear.weight = kept(linear.weight, dim)
-    if dim == 0 and linear.bias is not None:
-        linear.bias = kept(linear.bias, 0)
-    linear.out_features, linear.in_features = linear.weight.shape
