@@ -42,17 +42,20 @@ def card(data: dict) -> str:
     versions = ", ".join(f"{k} {m[k]}" for k in ("cuda", "torch", "triton", "timm", "vitprune") if k in m)
     lines = [f"**{data['name']}**, {versions}; {data['date'][:10]}, {data['seconds']:.0f} s{_clocks(data)}. Speed-up: geometric mean "
              "(least to most) over the shapes of the time of the fastest baseline of each shape over ours; on the GPU alone: without what "
-             "the host takes, with a cold cache.", "",
-             "| operator | dtype | pass | shapes | ours | speed-up | ours is fastest | fastest baselines | speed-up on the GPU alone |",
-             "|-|-|-|-|-|-|-|-|-|"]
+             "the host takes, with a cold cache. Of a model: what the operator takes of its forward pass, or of its training step, at the "
+             "largest batch timed.", "",
+             "| operator | dtype | pass | shapes | ours | speed-up | ours is fastest | fastest baselines | speed-up on the GPU alone "
+             "| of a model |",
+             "|-|-|-|-|-|-|-|-|-|-|"]
+    models = [row for job in data["jobs"] if job["kind"] == "shares" for row in job["rows"]]
     for job in operators:
         groups: dict[tuple, list[dict]] = {}
         for row in job["rows"]:
             groups.setdefault((row.get("op", job["name"]), row["dtype"], row.get("pass", "forward")), []).append(row)
         lines += [f"| `{op}` | {dtype} | {direction} | {len(rows)} | {_compare([r['ms'] for r in rows])} "
-                  f"| {_compare([r['gpu_ms'] for r in rows if 'gpu_ms' in r]).split(' | ')[1]} |"
+                  f"| {_compare([r['gpu_ms'] for r in rows if 'gpu_ms' in r]).split(' | ')[1]} | {_share(op, direction, models)} |"
                   for (op, dtype, direction), rows in groups.items()]
-    lines += shares([row for job in data["jobs"] if job["kind"] == "shares" for row in job["rows"]])
+    lines += shares(models)
     stopped = [f"{job['name']} ({len(job['rows'])} rows)" for job in data["jobs"] if job.get("cut") or job.get("error")]
     lines += ["", f"Not finished in time, or failed: {', '.join(stopped)}."] if stopped else []
     models = [row for job in data["jobs"] if job["kind"] == "model" for row in job["rows"]]
@@ -67,6 +70,13 @@ def shares(rows: list[dict]) -> list[str]:
     return ["", "| tokens 0.7, half of the blocks masked | dtype | batch | pass | ms | share of each operator |", "|-|-|-|-|-|-|",
             *(f"| {row['model']} | {row['dtype']} | {row['batch']} | {row['pass']} | {row['ms']['all']:.1f} "
               f"| {', '.join(f'{op} {share:.1%}' for op, share in of[id(row)])} |" for row in rows)]
+
+
+def _share(op: str, direction: str, rows: list[dict]) -> str:
+    """An operator's share of each model, from the rows of `shares`: of a training step where it is timed with its gradient."""
+    what, name = "forward" if direction == "forward" else "training step", op.split(",")[0]
+    found = {row["model"]: row["share"] for row in sorted(rows, key=lambda row: row["batch"]) if row["pass"] == what}
+    return ", ".join(f"{model.removesuffix('_patch16_224')} {share[name]:.1%}" for model, share in found.items() if name in share) or "-"
 
 
 def _compare(rows: list[dict[str, float]]) -> str:
