@@ -208,6 +208,8 @@ def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor | None, width: int, *,
     gradient = live_rows or full_columns
     rows, columns, depth, warps, stages = (config[("weight_" if gradient else "") + k]
                                            for k in ("rows", "columns", "depth", "num_warps", "num_stages"))
+    while columns > 64 and 8 * (triton.cdiv(N, columns) * columns - N) > N:  # more than an eighth of the columns past the last
+        columns //= 2
     if epilogue == "gelu gradient":  # it holds two tiles
         columns = min(columns, 64)
         warps = 8 if rows * columns > 4096 else warps

@@ -78,7 +78,12 @@ class Adapter(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-WRAPS = {"adapter": lambda parent, name: setattr(parent, name, Adapter(getattr(parent, name))),
+def replace_forward(layer):
+    layer.forward = lambda x, before=layer.forward: 3 * before(x)
+
+
+WRAPS = {"forward": lambda parent, name: replace_forward(getattr(parent, name)),
+         "adapter": lambda parent, name: setattr(parent, name, Adapter(getattr(parent, name))),
          "weight_norm": lambda parent, name: nn.utils.weight_norm(getattr(parent, name)).weight_g.data.mul_(1.5),
          "parametrized": lambda parent, name: nn.utils.parametrizations.weight_norm(getattr(parent, name)),
          "pruned by torch": lambda parent, name: torch_prune.l1_unstructured(getattr(parent, name), "weight", 0.5)}
@@ -111,6 +116,18 @@ def test_what_wraps_a_layer_counts_where_units_are_masked(wrap, at):
     if wrap in ("adapter", "parametrized"):  # the others PyTorch itself does not copy
         with pytest.raises(ValueError, match="compact: layers that lose units must be plain"):
             compact(pruned)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_another_activation_counts(share):
+    dense = VisionTransformer(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=4).eval()
+    pruned, x = prune(dense, blocks=BlockPruning(1.0, share, granularity=32)).eval(), torch.randn(2, 3, 32, 32)
+    small = compact(pruned)
+    for model in (pruned, small):
+        model.blocks[0].mlp.act = nn.ReLU()
+    torch.testing.assert_close(pruned(x), small(x))
+    dense.blocks[0].mlp.act = nn.ReLU()
+    assert share < 1 or torch.allclose(pruned(x), dense(x), atol=1e-5)
 
 
 def test_overlapping_patches_stay_a_convolution():

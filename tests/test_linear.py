@@ -59,7 +59,9 @@ def test_hooks_and_replaced_layers_are_honoured():
 @pytest.mark.parametrize("change, one", [
     (lambda mlp: None, True), (lambda mlp: mlp.act.register_forward_hook(lambda *_: None), False),
     (lambda mlp: mlp.drop1.register_forward_pre_hook(lambda *_: None), False), (lambda mlp: setattr(mlp.drop1, "p", 0.5), False),
-    (lambda mlp: setattr(mlp, "fc2", nn.Sequential(mlp.fc2)), False), (lambda mlp: mlp.set_live([0], width=8), True)])
+    (lambda mlp: setattr(mlp, "fc2", nn.Sequential(mlp.fc2)), False), (lambda mlp: setattr(mlp, "drop1", nn.Identity()), True),
+    (lambda mlp: setattr(mlp, "drop1", nn.Sequential()), False), (lambda mlp: setattr(mlp, "act", nn.ReLU()), False),
+    (lambda mlp: setattr(mlp.fc1, "forward", mlp.fc1.forward), False), (lambda mlp: mlp.set_live([0], width=8), True)])
 def test_off_the_cpu_the_mlp_is_one_operator_where_nobody_looks_inside(change, one):
     mlp = PrunedMlp(8, 16, device="meta")
     change(mlp)

@@ -232,6 +232,7 @@ def test_triton_compiles(batch, dtype, arch, monkeypatch):
     def call():
         triton.launch(x, w1, b1, w2, b2, live, x, 64)
         triton.launch(x, w1, b1, w2, b2, None, x, 64)
+        triton.launch(x, w1, b1, w2, b2, live[:5], x, 64)  # an odd number: the last tile of columns is not full
         triton.launch_backward(x, x, w1, b1, w2, live, 64)
     for kernel, args, options in record(monkeypatch, sliced_product, call):
         built = compile_launch(kernel, args, options, arch)

@@ -330,6 +330,29 @@ def test_a_state_dict_brings_the_choice_of_what_is_live(tmp_path, x):
         vitprune.load_weights(two, vit().state_dict())
 
 
+def test_what_is_live_is_taken_over_as_far_as_it_fits(x):
+    one = prune(vit(), blocks=BlockPruning(0.5, 0.5, granularity=32))
+    attn, mlp = one.blocks[0].attn, one.blocks[0].mlp
+    places = [t.data_ptr() for t in (attn.live, attn.live_qkv, mlp.live)]
+    one.load_state_dict(one.state_dict())
+    assert places == [t.data_ptr() for t in (attn.live, attn.live_qkv, mlp.live)]  # a CUDA graph reads them there
+    two = prune(vit(), blocks=BlockPruning(0.5, 0.5, granularity=32))
+    two.load_state_dict(prune(vit(), blocks=BlockPruning()).state_dict())
+    torch.testing.assert_close(two.eval()(x), vit()(x))  # nothing is dead in the other one
+    before = one.eval()(x)
+    for other in (compact(one), prune(vit(num_heads=8), blocks=BlockPruning(0.9, 0.5, granularity=32))):
+        with pytest.raises(RuntimeError, match="Error.s. in loading state_dict"):
+            one.load_state_dict(other.state_dict())
+        assert attn.live.tolist() == list(attn.live_ids) and attn.live_heads == 2 and torch.equal(one(x), before)
+    empty = prune(vit(), blocks=BlockPruning(0.25, 0.25)).to("meta")
+    empty.load_state_dict(one.state_dict(), assign=True)
+    assert torch.equal(empty.eval()(x), one(x))
+    learning = prune(vit(), blocks=BlockPruning(0.5, 0.5, granularity=32, method="movement"))
+    learning.load_state_dict(one.state_dict(), strict=False)
+    assert learning.blocks[0].mlp.width == 32 and learning.blocks[0].attn.live is None
+    torch.testing.assert_close(learning.eval()(x), vit()(x))
+
+
 def test_a_trace_with_gradients_needs_nothing_of_this_package(x):
     for model in (prune(vit(), blocks=UNEVEN), prune(vit(), tokens(score="cls_attention"))):
         traced = torch.jit.trace(model.eval(), x)

@@ -96,7 +96,7 @@ def _teacher(config: RunConfig, classes: int, dense: nn.Module | None, student: 
             _check_head(config.teacher, teacher, classes)
     _check_classes("teacher", config.teacher, teacher.num_classes, classes)
     _check_pictures("teacher", config.teacher, teacher, config.data)
-    of = [(m.embed_dim, m.patch_embed.num_patches) for m in (student, teacher)]
+    of = [(getattr(m, "embed_dim", None), getattr(getattr(m, "patch_embed", None), "num_patches", None)) for m in (student, teacher)]
     if config.train.token_weight and of[0] != of[1]:
         raise ValueError("train: teacher must have the model's {} channels and {} patches for the loss of tokens (train.token_weight 0 "
                          "leaves it out), {} has {} and {}".format(*of[0], config.teacher, *of[1]))

@@ -34,7 +34,7 @@ def load_weights(model: nn.Module, source: str | os.PathLike | Mapping[str, Tens
     key: the entry of a training checkpoint that holds the weights, such as "model_ema"; default: the first of "model",
         "state_dict", "module".
     The values are cast to the model's dtype. Its own settings stay: Hugging Face's LayerNorm eps is 1e-12, timm's 1e-6.
-    Raises ValueError for a damaged file, one that asks for code, and one that does not fit, listing what differs.
+    Raises ValueError for a damaged file, one that asks for code, and one that does not fit, listing what differs; for a masked model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_weights: model must be a torch module, got {type(model).__name__}")

@@ -4,7 +4,7 @@ import contextvars
 from collections.abc import Iterator
 
 import torch
-from timm.layers import DropPath, Format, LayerNorm, PatchEmbed
+from timm.layers import GELU, DropPath, Format, LayerNorm, PatchEmbed
 from torch import Tensor, nn
 
 from . import ops
@@ -17,28 +17,41 @@ def watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
-_counted = contextvars.ContextVar("counted", default=False)
-counting = _counted.get
+_DROPS = (nn.Dropout, nn.Identity, DropPath)
+_alive_only = contextvars.ContextVar("alive_only", default=False)
+alive_only = _alive_only.get  # whether hooks on masked layers are those of `unwatched`
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[None]:
-    """Inside, hooks on layers of which units are dead are a counter's, for which only what is alive is to run."""
-    token = _counted.set(True)
+def unwatched() -> Iterator[None]:
+    """Inside, hooks are this package's own, for whose sake nothing is computed that is dead: they do not see masked layers called."""
+    token = _alive_only.set(True)
     try:
         yield
     finally:
-        _counted.reset(token)
+        _alive_only.reset(token)
 
 
-def sliceable(layer: nn.Module) -> bool:
-    """Whether its weight and bias are all there is to it: a linear layer that nobody watches, replaced or computes weights for."""
-    return type(layer) is nn.Linear and (not watched(layer) or counting())
+def plain(layer: nn.Module, whatever_hooks: bool = False) -> bool:
+    """Whether weight and bias are all there is to it: a linear layer that nobody watches, wrapped or replaced."""
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and (whatever_hooks or not watched(layer))
+
+
+def exact_gelu(act: nn.Module, whatever_hooks: bool = False) -> bool:
+    """Whether it is the GELU that kernels compute, and nobody watches or replaced it."""
+    exact = type(act) is GELU or type(act) is nn.GELU and act.approximate == "none"
+    return exact and "forward" not in act.__dict__ and (whatever_hooks or not watched(act))
+
+
+def idle(dropout: nn.Module, whatever_hooks: bool = False) -> bool:
+    """Whether it does nothing now: dropout, or a path of stochastic depth, in evaluation or of a rate of 0, that nobody watches."""
+    return (type(dropout) in _DROPS and "forward" not in dropout.__dict__ and (whatever_hooks or not watched(dropout))
+            and not (dropout.training and (getattr(dropout, "p", 0) or getattr(dropout, "drop_prob", 0))))
 
 
 def dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: Tensor | None = None) -> Tensor:
     """act(layer(x)) or residual + layer(x), in one call where both are as timm made them and nobody watches them."""
-    if type(layer) is nn.Linear and not watched(layer) and (act is None or not watched(act)):
+    if plain(layer) and (act is None or exact_gelu(act)):
         return ops.linear(x, *weight_and_bias(layer), gelu=act is not None, residual=residual, packed=layer.__dict__.get("packed"))
     x = layer(x)
     x = x if act is None else act(x)
@@ -47,8 +60,8 @@ def dense(layer: nn.Module, x: Tensor, act: nn.Module | None = None, residual: T
 
 def drop(dropout: nn.Module, x: Tensor) -> Tensor:
     """Dropout, or a path of stochastic depth; in evaluation not even called, which at batch 1 is a percent of the time."""
-    idle = type(dropout) in (nn.Dropout, nn.Identity, DropPath) and not dropout.training and not watched(dropout)
-    return x if idle else dropout(x)
+    skips = type(dropout) in _DROPS and not dropout.training and "forward" not in dropout.__dict__ and not watched(dropout)
+    return x if skips else dropout(x)
 
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .dense import unwatched
 from .ops.registry import for_graph
 
 Engine = Callable[[Tensor], Tensor]
@@ -133,7 +134,7 @@ def _packed(model: nn.Module, images: Tensor) -> Engine:
     rows: dict[nn.Module, int] = {}
     handles = [layer.register_forward_pre_hook(lambda layer, args: rows.update({layer: args[0].numel() // args[0].shape[-1]}))
                for layer in layers]
-    with torch.inference_mode():
+    with torch.inference_mode(), unwatched():  # masked layers are not dense, their weights as they are are not read
         packed(images)
     for handle in handles:
         handle.remove()

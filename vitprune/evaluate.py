@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .dense import unwatched
 from .vit import PrunedDistilledViT, PrunedOutput, PrunedViT
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def _first_non_finite(model: nn.Module, images: Tensor, seed: int, bad: Callable
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
     try:
         torch.manual_seed(seed)
-        forward(model, images)
+        with unwatched():  # what is dead did not take part
+            forward(model, images)
     finally:
         for handle in handles:
             handle.remove()

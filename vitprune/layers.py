@@ -1,5 +1,4 @@
 """Drop-in attention, MLP and block of a timm vision transformer that skip what is pruned."""
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -10,8 +9,9 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import ops
-from .dense import counting, dense, drop, normalise, sliceable, watched
+from .dense import alive_only, dense, drop, exact_gelu, idle, normalise, plain, watched
 from .learned import Gate
+from .live import Live
 from .ops.linear import weight_and_bias
 from .ops.sliced_linear import gather, spread
 from .split import LEAK, Split
@@ -25,45 +25,25 @@ def adopt(cls: type[nn.Module], module: nn.Module) -> nn.Module:
     return new
 
 
-def _live_buffer(module: nn.Module, kind: str, ids: Sequence[int] | None, count: int) -> None:
-    """Store which of `count` units are live, None where all are; it is not part of the state dict."""
-    name, device = type(module).__name__, next(module.parameters()).device
-    if ids is not None:
-        try:
-            whole = [operator.index(i) for i in ids]
-        except TypeError:
-            raise TypeError(f"{name}: live must be ids of {kind}, got {ids!r}") from None
-        ids = whole
-        if sorted(set(ids)) != ids or (ids and not (0 <= ids[0] and ids[-1] < count)):
-            raise ValueError(f"{name}: live must be ascending ids of {kind} in 0..{count - 1}, each once, got {ids}")
-        ids = None if len(ids) == count else torch.tensor(ids, dtype=torch.int32, device=device)
-    module.register_buffer("live", ids, persistent=False)
-
-
 def _outputs(layer: nn.Module, x: Tensor, live: Tensor, width: int) -> Tensor:
     """The live blocks of layer(x); of one that is watched, wrapped or reparametrised by computing them all."""
-    if sliceable(layer):
+    if plain(layer, alive_only()):
         return ops.sliced_linear(x, *weight_and_bias(layer), live, side="out", width=width)
     return gather(layer(x), x.dim() - 1, live, width)
 
 
 def _inputs(layer: nn.Module, y: Tensor, live: Tensor, width: int, units: int) -> Tensor:
     """The layer of so many inputs, of which the dead are zero and y has the live ones."""
-    if sliceable(layer):
+    if plain(layer, alive_only()):
         return ops.sliced_linear(y, *weight_and_bias(layer), live, side="in", width=width)
     return layer(spread(y.new_empty(*y.shape[:-1], units), y.dim() - 1, live, width, y))
 
 
-def _note(destination: dict, prefix: str, **choice: Tensor | int | None) -> None:
-    """Put what is live beside a state dict, where load_state_dict finds it and no other model misses it."""
-    if (about := getattr(destination, "_metadata", {}).get(prefix[:-1])) is not None:
-        about.update({name: v.tolist() if isinstance(v, Tensor) and not v.is_meta else v for name, v in choice.items()})
-
-
-class PrunedAttention(Attention):
+class PrunedAttention(Live, Attention):
     """timm's `Attention` (same arguments, same parameter names) under a token policy, with live heads only.
 
-    live: ascending ids of the heads that remain, or None for all; the others are neither computed nor given a gradient.
+    live: ascending ids of the heads that remain, or None for all; the others are neither computed nor given a gradient, but where a
+        layer is wrapped, reparametrised or watched by hooks, which is called whole.
     attn_drop acts on plain attention only, not under a policy (as in DynamicViT's code) nor on packed rows.
     Raises ValueError for `gated` and `scale_norm`, which mix heads.
     """
@@ -81,28 +61,29 @@ class PrunedAttention(Attention):
             self.set_dims(None)
             self.head_gate = self.dim_gate = None
 
-    def set_live(self, live: Sequence[int] | None) -> None:
-        """Choose the live heads: ascending ids, or None for all."""
-        _live_buffer(self, "heads", live, self.num_heads)
-        blocks = None if self.live is None else torch.cat([self.live + i * self.num_heads for i in range(3)])
-        self.register_buffer("live_qkv", blocks, persistent=False)  # of the rows of qkv
+    def set_live(self, live: Sequence[int] | None, device: torch.device | None = None) -> None:
+        """Choose the live heads: ascending ids, or None for all. device: by default that of the weights."""
+        self._choose("heads", live, self.num_heads, device)
+        self._put("live_qkv", None if self.live is None else torch.cat([self.live + i * self.num_heads for i in range(3)]))  # rows of qkv
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        _note(destination, prefix, live=self.live, dims=self.dims)
+    def _choice(self) -> dict:
+        if self.dims is not None and (type(self.dims) is not Tensor or self.dims.is_meta):
+            return {}
+        return {"live": self.live_ids, "dims": None if self.dims is None else self.dims.tolist()}
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
-        if {"live", "dims"} <= local_metadata.keys():
-            dims = local_metadata["dims"]
-            self.set_live(local_metadata["live"])
-            self.set_dims(None if dims is None else torch.tensor(dims, device=self.qkv.weight.device))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def _take(self, choice: dict, device: torch.device) -> None:
+        if self.head_gate is None:
+            self.set_live(choice["live"], device)
+            self.set_dims(None if choice["dims"] is None else torch.tensor(choice["dims"], device=device))
+
+    def _first(self) -> str:
+        return "qkv"
 
     def set_dims(self, dims: Tensor | None) -> None:
         """Choose the live dimensions of each head: ascending ids, int64 [2, H, K], of q and k and of v; or None for all.
 
         The others are multiplied by zero; `compact` turns them into speed."""
-        self.register_buffer("dims", dims, persistent=False)
+        self._put("dims", dims)
 
     @property
     def live_heads(self) -> int:
@@ -190,7 +171,7 @@ def _class_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:  # [B, N, H,
     return scores.float().softmax(-1).mean(1)
 
 
-class PrunedMlp(Mlp):
+class PrunedMlp(Live, Mlp):
     """timm's `Mlp` (same arguments, same parameter names) that computes its live hidden blocks only.
 
     live: ascending ids of the `width`-wide blocks of hidden units that remain, or None for all.
@@ -213,30 +194,33 @@ class PrunedMlp(Mlp):
             self.set_live(None)
             self.hidden_gate = None
 
-    def set_live(self, live: Sequence[int] | None, width: int = 64) -> None:
-        """Choose the live blocks of `width` hidden units: ascending ids, or None for all."""
+    def set_live(self, live: Sequence[int] | None, width: int = 64, device: torch.device | None = None) -> None:
+        """Choose the live blocks of `width` hidden units: ascending ids, or None for all. device: by default that of the weights."""
         hidden = self.fc1.out_features
         if live is not None and (width < 1 or hidden % width):
             raise ValueError(f"PrunedMlp: width must be a divisor of the hidden size {hidden}, got {width}")
         self.width = width
-        _live_buffer(self, "hidden blocks", live, hidden // width if width else 0)
+        self._choose("hidden blocks", live, hidden // width if width else 0, device)
 
     def _fuses(self) -> bool:
         """Whether the MLP may be one operator: all is as timm made it, nothing lies between its products, nobody watches them."""
         parts, dead = self._modules, self._buffers["live"] is not None
-        fc1, act, drop1, fc2 = parts["fc1"], parts["act"], parts["drop1"], parts["fc2"]
-        if self.training and drop1.p > 0 or not (dead or self.hidden_gate is None) or not (sliceable(fc1) and sliceable(fc2)):
+        alone = dead and alive_only()
+        if not dead and (self.hidden_gate is not None or any(type(parts[n]._parameters.get("weight")) is not nn.Parameter
+                                                             for n in ("fc1", "fc2"))):  # kernels take no subclass of tensors
             return False
-        return dead and counting() or not any(map(watched, (fc1, act, drop1, fc2)))
+        return (plain(parts["fc1"], alone) and plain(parts["fc2"], alone)
+                and exact_gelu(parts["act"], alone) and idle(parts["drop1"], alone))
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        _note(destination, prefix, live=self.live, width=self.width)
+    def _choice(self) -> dict:
+        return {"live": self.live_ids, "width": self.width}
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
-        if {"live", "width"} <= local_metadata.keys():
-            self.set_live(local_metadata["live"], local_metadata["width"])
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def _take(self, choice: dict, device: torch.device) -> None:
+        if self.hidden_gate is None:
+            self.set_live(choice["live"], self.width if choice["live"] is None else choice["width"], device)
+
+    def _first(self) -> str:
+        return "fc1"
 
     @property
     def live_hidden(self) -> int:
@@ -303,7 +287,8 @@ class PrunedBlock(Block):
         """What follows attention, whose output is y; token by token."""
         parts = self._modules
         norm, scale, path = parts["norm2"], parts["ls1"], parts["drop_path1"]
-        if isinstance(norm, nn.LayerNorm) and isinstance(scale, (nn.Identity, LayerScale)) and not watched(norm) and not watched(scale):
+        known = isinstance(norm, nn.LayerNorm) and norm.weight is not None and isinstance(scale, (nn.Identity, LayerScale))
+        if known and not watched(norm) and not watched(scale):
             x, y = ops.add_norm(x, drop(path, y), *weight_and_bias(norm), norm.eps,
                                 gamma=scale.gamma if isinstance(scale, LayerScale) else None)
         else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from .dense import counted
+from .dense import unwatched
 from .ops.registry import MACS, backend
 
 # What fvcore counts that is a product of matrices; the rest of what it counts is normalisation and resampling.
@@ -83,7 +83,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> C
     if len(input_size) != 3 or any(not isinstance(n, int) or n < 1 for n in input_size):
         raise ValueError(f"count: input_size must be (channels, height, width), got {input_size}")
     images = torch.zeros(1, *input_size, device="cpu", dtype=next(model.parameters()).dtype)
-    with torch.no_grad(), warnings.catch_warnings(), backend("reference"), counted():
+    with torch.no_grad(), warnings.catch_warnings(), backend("reference"), unwatched():
         warnings.simplefilter("ignore")  # the tracer's remarks on shapes
         matmul = _by_torch(_twin(model, "meta"), images.to("meta"))
         by_kind, by_module = _by_fvcore(_twin(model, "cpu"), images)

@@ -54,7 +54,8 @@ class Folder(Source):
             raise ValueError(f"data: source must hold one folder a class, found none in {root}")
         ids, self.names = class_ids([p.name for p in folders], class_map, str(root))
         self.files = sorted(((path.relative_to(root).as_posix(), ids[folder.name]) for folder in folders for path in folder.rglob("*")
-                             if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()),
+                             if path.suffix.lower() in EXTENSIONS and path.is_file()
+                             and not any(part.startswith(".") for part in path.relative_to(folder).parts)),
                             key=lambda item: (item[1], item[0].split("/", 1)[1]))
         if not self.files:
             raise ValueError(f"data: source must hold pictures ({', '.join(EXTENSIONS)}), found none in {root}")

@@ -1,8 +1,8 @@
 """Tuned launch configurations: sm90.json would hold those of compute capability 9.0, a card's dispatch file holds its own; kernels launch
 by `default` elsewhere.
 
-{operator: {dtype: [{"shape": {name: int}, "config": {name: int}}]}}; a shape that is not listed takes the nearest that is, and holds no
-less on chip; where that is far, it is said once for each operator. `default` serves where all were tuned for less.
+{operator: {dtype: [{"shape": {name: int}, "config": {name: int}}]}}; a shape that is not listed takes the nearest that is and fits it
+(`_holds`); where that is far, it is said once for each operator. `default` serves where none fits.
 What was tuned on this very card goes before it (`use`). Here lie the dispatch files of measured cards (vitprune/ops/dispatch.py).
 """
 import contextlib
@@ -105,12 +105,12 @@ def nearest(op: str, arch: int, dtype: torch.dtype, shape: tuple[tuple[str, int]
 
 
 def _holds(row: dict, shape: dict) -> bool:
-    """Whether tiles that were tuned for that row's shape hold no more of `shape` than they did of it: heads are held whole, so are the
-    channels of a norm, and all keys of one pass. More registers would be spilled, and more shared memory need not be there."""
+    """Whether tiles that were tuned for that row's shape are as good as known for `shape`: for heads of another width they were not chosen;
+    of the channels of a norm, and of the keys of one pass, which a program holds whole, more would be spilled, or find no room."""
     was = {**shape, **row["shape"]}
-    more = (shape.get("D") != was.get("D") or ("R" in shape and shape.get("C", 0) > was.get("C", 0))
-            or (row["config"].get("keys") == 0 and -(-shape.get("N", 0) // 16) > -(-was.get("N", 0) // 16)))
-    return not more
+    wider = "R" in shape and (shape.get("C", 1) - 1).bit_length() > (was.get("C", 1) - 1).bit_length()  # held as a power of two
+    longer = row["config"].get("keys") == 0 and -(-shape.get("N", 0) // 16) > -(-was.get("N", 0) // 16)
+    return shape.get("D") == was.get("D") and not (wider or longer)
 
 
 @functools.lru_cache(maxsize=4096)

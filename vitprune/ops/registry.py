@@ -89,7 +89,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
 
     The one measured fastest on that card (vitprune/ops/dispatch.py), else the first of the table that can run.
     """
-    if torch.compiler.is_exporting() or (torch.jit.is_tracing() and _local.forced is None):
+    if torch.compiler.is_exporting() or (torch._C._is_tracing() and _local.forced is None):
         # an exported graph must run where this package is not installed
         return next(b.name for b in TABLES[op].values() if b.composite)
     forced = _local.forced
