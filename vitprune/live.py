@@ -54,8 +54,8 @@ class Live:
             about.update(self._choice())
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
-        own, given = getattr(self, self._first()).weight, state_dict.get(f"{prefix}{self._first()}.weight")
-        if "live" in local_metadata and (given is None or given.shape == own.shape):  # else that layer says what is wrong
+        own, given = getattr(getattr(self, self._first()), "weight", None), state_dict.get(f"{prefix}{self._first()}.weight")
+        if "live" in local_metadata and own is not None and (given is None or given.shape == own.shape):  # else it says what is wrong
             assigned = given is not None and local_metadata.get("assign_to_params_buffers", False)
             try:
                 self._take(local_metadata, given.device if assigned else own.device)
