@@ -69,7 +69,7 @@ class PrunedAttention(Live, Attention):
     def _choice(self) -> dict:
         if self.dims is not None and (type(self.dims) is not Tensor or self.dims.is_meta):
             return {}
-        return {"live": self.live_ids, "dims": None if self.dims is None else self.dims.tolist()}
+        return {"live": self._live_ids, "dims": None if self.dims is None else self.dims.tolist()}
 
     def _take(self, choice: dict, device: torch.device) -> None:
         if self.head_gate is None:
@@ -213,7 +213,7 @@ class PrunedMlp(Live, Mlp):
                 and exact_gelu(parts["act"], alone) and idle(parts["drop1"], alone))
 
     def _choice(self) -> dict:
-        return {"live": self.live_ids, "width": self.width}
+        return {"live": self._live_ids, "width": self.width}
 
     def _take(self, choice: dict, device: torch.device) -> None:
         if self.hidden_gate is None:

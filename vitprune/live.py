@@ -12,7 +12,7 @@ class Live:
     A state dict holds what is live in its metadata: `load_state_dict` of such a model takes it over, any other model does not miss it. A
     model whose blocks are being learned keeps to its schedule, and one of other sizes to what it has.
     """
-    live_ids: tuple[int, ...] | None = None
+    _live_ids: tuple[int, ...] | None = None
 
     def _choose(self, kind: str, ids: Sequence[int] | None, count: int, device: torch.device | None) -> None:
         """Store which of `count` units are live, None where all are."""
@@ -25,8 +25,8 @@ class Live:
             ids = whole
             if sorted(set(ids)) != ids or (ids and not (0 <= ids[0] and ids[-1] < count)):
                 raise ValueError(f"{name}: live must be ascending ids of {kind} in 0..{count - 1}, each once, got {ids}")
-        self.live_ids = None if ids is None or len(ids) == count else tuple(ids)
-        self._put("live", None if self.live_ids is None else torch.tensor(ids, dtype=torch.int32, device=device))
+        self._live_ids = None if ids is None or len(ids) == count else tuple(ids)
+        self._put("live", None if self._live_ids is None else torch.tensor(ids, dtype=torch.int32, device=device))
 
     def _put(self, name: str, value: Tensor | None) -> None:
         """Make that the buffer, not part of the state dict; one like it takes the values, since a CUDA graph reads where it lies."""
