@@ -48,6 +48,8 @@ class PrunedAttention(Live, Attention):
     Raises ValueError for `gated` and `scale_norm`, which mix heads.
     """
 
+    _first = "qkv"
+
     def __init__(self, *args, live: Sequence[int] | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._prepare()
@@ -75,9 +77,6 @@ class PrunedAttention(Live, Attention):
         if self.head_gate is None:
             self.set_live(choice["live"], device)
             self.set_dims(None if choice["dims"] is None else torch.tensor(choice["dims"], device=device))
-
-    def _first(self) -> str:
-        return "qkv"
 
     def set_dims(self, dims: Tensor | None) -> None:
         """Choose the live dimensions of each head: ascending ids, int64 [2, H, K], of q and k and of v; or None for all.
@@ -178,6 +177,8 @@ class PrunedMlp(Live, Mlp):
     Raises ValueError for `use_conv`, for a `norm_layer`, which mixes hidden units, and for activations other than exact GELU.
     """
 
+    _first = "fc1"
+
     def __init__(self, *args, live: Sequence[int] | None = None, width: int = 64, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._prepare()
@@ -218,9 +219,6 @@ class PrunedMlp(Live, Mlp):
     def _take(self, choice: dict, device: torch.device) -> None:
         if self.hidden_gate is None:
             self.set_live(choice["live"], self.width if choice["live"] is None else choice["width"], device)
-
-    def _first(self) -> str:
-        return "fc1"
 
     @property
     def live_hidden(self) -> int:

@@ -10,9 +10,11 @@ class Live:
     """What PrunedAttention and PrunedMlp share; a class before timm's own.
 
     A state dict holds what is live in its metadata: `load_state_dict` of such a model takes it over, any other model does not miss it. A
-    model whose blocks are being learned keeps to its schedule, and one of other sizes to what it has.
+    model whose blocks are being learned keeps to its schedule, and one of other sizes to what it has. Each of the two has `_choice()`,
+    what goes along ("live" and what belongs to it; {} where it cannot be read), and its inverse `_take(choice, device)`.
     """
-    _live_ids: tuple[int, ...] | None = None
+    _first: str  # the layer whose outputs are the units
+    _live_ids: tuple[int, ...] | None = None  # of the buffer `live`, read without waiting for a GPU
 
     def _choose(self, kind: str, ids: Sequence[int] | None, count: int, device: torch.device | None) -> None:
         """Store which of `count` units are live, None where all are."""
@@ -36,25 +38,13 @@ class Live:
         else:
             old.copy_(value)
 
-    def _choice(self) -> dict:
-        """What goes along: "live" and what belongs to it; {} where it cannot be read."""
-        raise NotImplementedError
-
-    def _take(self, choice: dict, device: torch.device) -> None:
-        """The inverse of `_choice`; nothing where blocks are being learned."""
-        raise NotImplementedError
-
-    def _first(self) -> str:
-        """The name of the layer whose outputs are the units."""
-        raise NotImplementedError
-
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if (about := getattr(destination, "_metadata", {}).get(prefix[:-1])) is not None:
             about.update(self._choice())
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
-        own, given = getattr(getattr(self, self._first()), "weight", None), state_dict.get(f"{prefix}{self._first()}.weight")
+        own, given = getattr(getattr(self, self._first), "weight", None), state_dict.get(f"{prefix}{self._first}.weight")
         if "live" in local_metadata and own is not None and (given is None or given.shape == own.shape):  # else it says what is wrong
             assigned = given is not None and local_metadata.get("assign_to_params_buffers", False)
             try:
