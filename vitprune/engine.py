@@ -175,7 +175,7 @@ def _cuda_graph(model: nn.Module, images: Tensor) -> Engine:
             out = model(static)
 
     @torch.inference_mode()
-    def run(x: Tensor) -> Tensor:
+    def run(x: Tensor, read: nn.Module = model) -> Tensor:  # the graph keeps addresses of weights, not the weights
         with torch.cuda.device(static.device):  # replay goes to the current stream of the current device
             static.copy_(x)
             graph.replay()
