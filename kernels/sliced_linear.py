@@ -7,7 +7,8 @@ from ..native.sliced_product import units
 from ..ops.sliced_linear import by_products, gradients_by_products
 from . import configs
 from .policy_attention import on
-from .sliced_product import candidates, default, product, refuses
+from .sliced_product import candidates, default, refuses
+from .sliced_product_large import column_sums, product
 
 OP = "sliced_linear"
 
@@ -32,4 +33,4 @@ def launch_backward(dy: Tensor, x: Tensor, w: Tensor, live: Tensor, side: str, w
     """Gradients of x, w and b; empty where not asked for."""
     config = config or configured(OP, x, w, live, width)
     with on(x.device):
-        return gradients_by_products(functools.partial(product, config=config), dy, x, w, live, side, width, of_x, of_w)
+        return gradients_by_products(functools.partial(product, config=config), dy, x, w, live, side, width, of_x, of_w, column_sums)

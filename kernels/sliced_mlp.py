@@ -6,7 +6,8 @@ from torch import Tensor
 from ..ops.sliced_mlp import by_products, gradients_by_products
 from .policy_attention import on
 from .sliced_linear import configured
-from .sliced_product import candidates, default, product, refuses
+from .sliced_product import candidates, default, refuses
+from .sliced_product_large import column_sums, product
 
 OP = "sliced_mlp"
 
@@ -26,4 +27,4 @@ def launch_backward(dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Te
     """Gradients of x, w1, b1, w2 and b2; empty where not asked for."""
     config = config or configured(OP, x, w1, live, width)
     with on(x.device):
-        return gradients_by_products(functools.partial(product, config=config), dy, x, w1, b1, w2, live, width, of_x, of_w)
+        return gradients_by_products(functools.partial(product, config=config), dy, x, w1, b1, w2, live, width, of_x, of_w, column_sums)

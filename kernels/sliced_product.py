@@ -5,9 +5,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..native.sliced_product import units
+from . import ceil_div
 from .policy_attention import dot
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NEVER = 1 << 30
 
 
 @triton.jit
@@ -157,16 +159,17 @@ def sum_parts_kernel(
 
 def default(dtype: torch.dtype, arch: int, **shape: int) -> dict:
     """Tiles [rows, depth] x [depth, columns], and those of the gradient of weights, whose depth, split into parts so that
-    about `programs` run, is that of the tokens."""
+    about `programs` run, is that of the tokens; from `large_rows` of those on sliced_product_large serves."""
     names = ("rows", "columns", "depth", "num_warps", "num_stages")
     if dtype == torch.float32 or arch < 80:
         tile = weight = (32, 32, 16, 4, 2)
     else:
         M, wide = shape.get("M", 0), arch in (90, 100)  # their instructions take 64 rows and read both factors from shared memory, which
         rows = 128 if M >= 4096 else 64 if M > 512 or wide else 32  # limits them to three fifths of their rate at 64 columns
-        tile = (rows, 128, 64, 8, 3) if wide and rows == 128 else (rows, 64, 64, 8 if arch == 100 else 4, 3)
+        tile = (rows, 128, 64, 4 if arch == 90 else 8, 3) if wide and rows == 128 else (rows, 64, 64, 8 if arch == 100 else 4, 3)
         weight = (64, 64, 64, 4 if wide else 8, 3)  # the others spill with 4
-    return dict(zip(names, tile)) | {f"weight_{name}": value for name, value in zip(names, weight)} | {"programs": 256}
+    large = 4096 if arch == 90 and dtype != torch.float32 else NEVER
+    return dict(zip(names, tile)) | {f"weight_{name}": value for name, value in zip(names, weight)} | {"programs": 256, "large_rows": large}
 
 
 def candidates(dtype: torch.dtype, arch: int, **shape: int) -> list[dict]:
@@ -175,12 +178,13 @@ def candidates(dtype: torch.dtype, arch: int, **shape: int) -> list[dict]:
     if dtype == torch.float32 or arch < 80:
         tiles = ((32, 64, 32, 4, 2), (64, 32, 32, 4, 2), (64, 64, 16, 8, 2))
     elif arch in (90, 100):
-        tiles = ((64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 3), (128, 128, 64, 4, 3), (128, 256, 64, 8, 3),
+        tiles = ((64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 3), (128, 128, 64, 4, 3), (128, 128, 64, 8, 3),
                  (256, 128, 64, 8, 3))
     else:
         tiles = ((32, 64, 64, 4, 4), (64, 64, 64, 4, 3), (128, 64, 32, 4, 4), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4),
                  (128, 128, 32, 8, 4))
-    found = [first | dict(zip(keys, tile)) for tile in tiles]
+    found = [first | dict(zip(keys, tile)) | {"large_rows": NEVER} for tile in tiles]
+    found += [first | {"large_rows": 256}] if arch == 90 and dtype != torch.float32 else []
     found += [first | {"programs": 128}, first | {"programs": 512}, *(first | {"weight_num_warps": warps} for warps in (4, 8))]
     return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
 
@@ -208,15 +212,15 @@ def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor | None, width: int, *,
     gradient = live_rows or full_columns
     rows, columns, depth, warps, stages = (config[("weight_" if gradient else "") + k]
                                            for k in ("rows", "columns", "depth", "num_warps", "num_stages"))
-    while columns > 64 and 8 * (triton.cdiv(N, columns) * columns - N) > N:  # more than an eighth of the columns past the last
+    while columns > 64 and 8 * (ceil_div(N, columns) * columns - N) > N:  # more than an eighth of the columns past the last
         columns //= 2
     if epilogue == "gelu gradient":  # it holds two tiles
         columns = min(columns, 64)
         warps = 8 if rows * columns > 4096 else warps
     some = live is not None
     depth = min(depth, width & -width) if live_depth and some else depth  # the largest step that crosses no block
-    tiles, out = triton.cdiv(M, rows) * triton.cdiv(N, columns), c
-    parts = max(1, min(config["programs"] // tiles, triton.cdiv(K, 4 * depth))) if gradient else 1
+    tiles, out = ceil_div(M, rows) * ceil_div(N, columns), c
+    parts = max(1, min(config["programs"] // tiles, ceil_div(K, 4 * depth))) if gradient else 1
     flags = {"LIVE_ROWS": live_rows and some, "FULL_COLUMNS": full_columns and some, "WIDTH": width}
     if parts > 1:
         out, direct = torch.empty(parts, M, N, dtype=torch.float32, device=c.device), {"LIVE_ROWS": False, "FULL_COLUMNS": False}
@@ -228,6 +232,6 @@ def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor | None, width: int, *,
         EVEN_ROWS=gradient and M % rows == 0, EVEN_COLUMNS=N % columns == 0, EVEN_DEPTH=not gradient and K % depth == 0,
         ROWS=rows, COLUMNS=columns, DEPTH=depth, GROUP=8, num_warps=warps, num_stages=stages)
     if parts > 1:
-        sum_parts_kernel[(triton.cdiv(M, 32) * triton.cdiv(N, 32),)](out, c, live, parts, M, N, *c.stride(), **flags,
+        sum_parts_kernel[(ceil_div(M, 32) * ceil_div(N, 32),)](out, c, live, parts, M, N, *c.stride(), **flags,
                                                                     ROWS=32, COLUMNS=32, num_warps=4)
     return c

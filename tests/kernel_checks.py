@@ -85,12 +85,14 @@ class Recorder:
         return lambda *args, **options: self.launches.append((args, options))
 
 
-def record(monkeypatch, module, call) -> list[tuple]:
-    """(kernel, args, options) of every launch of a kernel of `module` while call() runs; nothing is launched."""
+def record(monkeypatch, modules, call) -> list[tuple]:
+    """(kernel, args, options) of every launch of a kernel of `modules`, one or several, while call() runs; nothing is launched."""
     import triton
-    recorders = {name: Recorder(f) for name, f in vars(module).items() if isinstance(f, triton.runtime.JITFunction)}
+    modules = modules if isinstance(modules, tuple) else (modules,)
+    recorders = {(module, name): Recorder(f) for module in modules for name, f in vars(module).items()
+                 if isinstance(f, triton.runtime.JITFunction)}
     with monkeypatch.context() as patch:
-        for name, recorder in recorders.items():
+        for (module, name), recorder in recorders.items():
             patch.setattr(module, name, recorder)
         call()
     return [(r.kernel, *launch) for r in recorders.values() for launch in r.launches]
@@ -115,7 +117,7 @@ def compile_launch(kernel, args, options: dict, arch: int) -> dict:
             continue
         signature[parameter.name] = mangle_type(value)
         aligned = value.storage_offset() * value.element_size() if isinstance(value, torch.Tensor) else value
-        if not free and not isinstance(aligned, float) and aligned % 16 == 0:
+        if not free and type(aligned) is int and aligned % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", arch, 32), options=tuning)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,8 @@ from vitprune.cases import Size
 from vitprune.ops import registry
 from vitprune.tune import Item, Trial
 
-SIZES = [Size(2, 1, 1.0, tokens=2), Size(1, 2, 0.5, tokens=17), Size(3, 1, 0.3, tokens=66), Size(1, 1, 0.7, tokens=197)]
+SIZES = [Size(2, 1, 1.0, tokens=2), Size(1, 2, 0.5, tokens=17), Size(3, 1, 0.3, tokens=66), Size(1, 1, 0.7, tokens=197),
+         Size(21, 1, 0.5, tokens=197)]  # rows enough for what serves many
 
 
 def failures(device: torch.device) -> list[str]:

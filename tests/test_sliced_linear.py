@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
+from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record, tiled
 from oracles import check_operator, within_twice_unless_lucky
 
 from vitprune import native, ops
@@ -61,13 +61,13 @@ def cases(draw, real: bool):
     batch = 2 if real else draw(st.integers(0, 3))  # of 3 heads
     shape = (batch, draw(st.integers(64, 260)) if real else draw(st.integers(0, 40)))
     return {"shape": shape, "other": 192 if real else draw(st.integers(1, 50)), "width": width, "blocks": blocks, "live": live,
-            "side": draw(st.sampled_from(("in", "out"))), "bias": draw(st.booleans()), "real": real,
+            "side": draw(st.sampled_from(("in", "out"))), "bias": draw(st.booleans()), "real": real, "large": draw(st.booleans()),
             "dtype": draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32))), "seed": draw(st.integers(0, 2 ** 32 - 1))}
 
 
 def describe(case):
     return [str(case["dtype"]), case["side"], f"width={case['width']}", f"live={len(case['live'])}/{case['blocks']}",
-            *(k for k in ("bias", "real") if case[k])]
+            *(k for k in ("bias", "real", "large") if case[k])]
 
 
 def tensors_of(case, device):
@@ -98,7 +98,9 @@ def explored(name, device, count):
 
     def check(case):
         tensors, live, up = tensors_of(case, device)
-        got, plain = (run(name, tensors, live, up, case) for name in (name, "reference"))
+        with tiled("sliced_linear", {"large_rows": 1} if case["large"] else {}):
+            got = run(name, tensors, live, up, case)
+        plain = run("reference", tensors, live, up, case)
         for a, b, c in zip(got, plain, run("reference", tensors, live, up, case, torch.Tensor.double), strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape
             lucky.append(within_twice_unless_lucky(a, b, c))
@@ -199,19 +201,21 @@ def test_triton_is_registered(device):
 @pytest.mark.parametrize("arch", [arch if arch in (75, 90) else pytest.param(arch, marks=pytest.mark.long) for arch in ARCHS])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("side", ["in", "out"])
-def test_triton_compiles(side, dtype, arch, monkeypatch):
+@pytest.mark.parametrize("batch", [8, 32])
+def test_triton_compiles(batch, side, dtype, arch, monkeypatch):
     """DeiT-S, half of its heads: no spills, tensor cores where there are some."""
     triton = pytest.importorskip("vitprune.kernels.sliced_linear")
-    from vitprune.kernels import sliced_product
-    live, out = torch.arange(3, dtype=torch.int32), side == "out"
-    x, up = torch.empty(8, 197, 384 if out else 192, dtype=dtype), torch.empty(8, 197, 192 if out else 384, dtype=dtype)
-    w, b = torch.empty(384, 384, dtype=dtype), torch.empty(384, dtype=dtype)
+    from vitprune.kernels import sliced_product, sliced_product_large
+    out = side == "out"
+    with torch.device("meta"):
+        live, w, b = torch.arange(3, dtype=torch.int32), torch.empty(384, 384, dtype=dtype), torch.empty(384, dtype=dtype)
+        x, up = (torch.empty(batch, 197, C, dtype=dtype) for C in ((384, 192) if out else (192, 384)))
     monkeypatch.setattr(triton.configs, "capability", lambda device: arch)
 
     def call():
         triton.launch(x, w, b, live, side, 64)
         triton.launch_backward(up, x, w, live, side, 64)
-    for kernel, args, options in record(monkeypatch, sliced_product, call):
+    for kernel, args, options in record(monkeypatch, (sliced_product, sliced_product_large), call):
         built = compile_launch(kernel, args, options, arch)
         assert built["spills"] == 0 and built["shared"] <= SHARED[arch]
         if kernel is sliced_product.product_kernel and dtype != torch.float32 and arch >= 80:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record, tiled
-from oracles import check_operator, gelu, within_twice_unless_lucky
+from oracles import check_operator, gelu, within_twice, within_twice_unless_lucky
 
 from vitprune import ops
 
@@ -49,6 +49,7 @@ def test_dead_units_get_exactly_zero():
 
 NAMES = [f"{of}{size}" for of in ("", "weight_") for size in ("rows", "columns", "depth")]
 TILES = [dict(zip(NAMES, tile)) for tile in ((), (128, 64, 64, 64, 128, 64), (64, 128, 32, 128, 64, 128), (256, 64, 64, 64, 64, 64))]
+LARGE = [{"large_rows": 1}]  # the products of many rows, whatever their number
 
 
 @st.composite
@@ -62,7 +63,7 @@ def cases(draw, real: bool):
             "width": 64 if real else draw(st.sampled_from((16, 32, 48))), "real": real,
             "b1": draw(st.booleans()), "b2": draw(st.booleans()), "residual": draw(st.booleans()),
             # a card compiles each anew; the default ones, the first, take longest to interpret
-            "tiles": draw(st.sampled_from((1, 2, 3, 1, 2, 3, 0) if real else (0, 1, 2, 3))) if INTERPRETED else 0,
+            "tiles": draw(st.sampled_from(((1, 2, 3, 1, 2, 3, 0, 4) if real else (0, 1, 2, 3, 4, 4)) if INTERPRETED else (0, 4))),
             "dtype": draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32))), "seed": draw(st.integers(0, 2 ** 32 - 1))}
 
 
@@ -100,7 +101,7 @@ def explored(name, device, count):
 
     def check(case):
         tensors, live, up = tensors_of(case, device)
-        with tiled("sliced_linear", TILES[case["tiles"]]):  # which has the choice for both operators
+        with tiled("sliced_linear", (TILES + LARGE)[case["tiles"]]):  # which has the choice for both operators
             got = run(name, tensors, live, up, case["width"])
         plain = run("reference", tensors, live, up, case["width"])
         for a, b, c in zip(got, plain, run("reference", tensors, live, up, case["width"], torch.Tensor.double), strict=True):
@@ -124,6 +125,35 @@ def test_triton(device, count):
 @pytest.mark.parametrize("name, device", CUDA)
 def test_cuda(name, device, count):
     explored(name, device, count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("live", [[4, 0, 2], None])
+@pytest.mark.parametrize("device", DEVICES)
+def test_many_rows(device, live, dtype, monkeypatch):
+    """What TILES have of it by chance: tensor descriptors in every product that can take them; tiles that end past every edge."""
+    from vitprune.kernels import sliced_product_large as large
+    made, describe = [], large.TensorDescriptor
+    monkeypatch.setattr(large, "TensorDescriptor", lambda *args: made.append(args) or describe(*args))
+    rng = np.random.default_rng(1)
+    x, w1, b1, w2, b2, residual, up = (torch.from_numpy(rng.standard_normal(shape) * scale).to(device, dtype) for shape, scale in (
+        ((2, 75, 200), 1), ((320, 200), 200 ** -0.5), (320, 1), ((200, 320), 320 ** -0.5), (200, 1), ((2, 75, 200), 1), ((2, 75, 200), 1)))
+    live, tensors = live if live is None else torch.tensor(live, dtype=torch.int32, device=device), [x, w1, b1, w2, b2, residual]
+    with tiled("sliced_linear", LARGE[0]):
+        got = run("triton", tensors, live, up, 64)
+    assert len(made) == 3 + 4 + 4  # up; down with the residual; the gradient of the GELU
+    plain, truth = (run("reference", tensors, live, up, 64, cast) for cast in (lambda t: t, torch.Tensor.double))
+    for a, b, c in zip(got, plain, truth, strict=True):
+        within_twice(a, b, c)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sums_of_columns(device):
+    from vitprune.kernels.sliced_product_large import column_sums
+    torch.manual_seed(0)
+    for shape in ((5000, 300), (3, 5)):
+        t = torch.randn(shape, device=device).bfloat16()
+        torch.testing.assert_close(column_sums(t).double(), t.double().sum(0), rtol=1e-2 if shape[0] < 10 else 1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape, C, width, blocks, live", [
@@ -224,9 +254,10 @@ def test_the_residual_keeps_its_precision(name):
 def test_triton_compiles(batch, dtype, arch, monkeypatch):
     """DeiT-B, half of its hidden blocks: no spills, tensor cores where there are some."""
     triton = pytest.importorskip("vitprune.kernels.sliced_mlp")
-    from vitprune.kernels import sliced_linear, sliced_product
-    live, x = torch.arange(0, 48, 2, dtype=torch.int32), torch.empty(batch, 197, 768, dtype=dtype)
-    w1, b1, w2, b2 = (torch.empty(s, dtype=dtype) for s in ((3072, 768), 3072, (768, 3072), 768))
+    from vitprune.kernels import sliced_linear, sliced_product, sliced_product_large
+    with torch.device("meta"):
+        live, x = torch.arange(0, 48, 2, dtype=torch.int32), torch.empty(batch, 197, 768, dtype=dtype)
+        w1, b1, w2, b2 = (torch.empty(s, dtype=dtype) for s in ((3072, 768), 3072, (768, 3072), 768))
     monkeypatch.setattr(sliced_linear.configs, "capability", lambda device: arch)
 
     def call():
@@ -234,9 +265,12 @@ def test_triton_compiles(batch, dtype, arch, monkeypatch):
         triton.launch(x, w1, b1, w2, b2, None, x, 64)
         triton.launch(x, w1, b1, w2, b2, live[:5], x, 64)  # an odd number: the last tile of columns is not full
         triton.launch_backward(x, x, w1, b1, w2, live, 64)
-    for kernel, args, options in record(monkeypatch, sliced_product, call):
+    launches = record(monkeypatch, (sliced_product, sliced_product_large), call)
+    large = arch == 90 and batch == 32 and dtype != torch.float32
+    assert (sliced_product_large.descriptor_kernel in [kernel for kernel, *_ in launches]) == large
+    for kernel, args, options in launches:
         built = compile_launch(kernel, args, options, arch)
         assert built["spills"] == 0 and built["shared"] <= SHARED[arch]
-        if kernel is sliced_product.product_kernel and dtype != torch.float32 and arch >= 80:
+        if kernel in (sliced_product.product_kernel, sliced_product_large.descriptor_kernel) and dtype != torch.float32 and arch >= 80:
             assert "cp.async.ca" not in built["ptx"]  # small copies: the ids of live blocks as a stage of the pipeline
             assert "wgmma" in built["ptx"] if arch == 90 and options["ROWS"] >= 64 else "mma" in built["ptx"]

@@ -84,9 +84,9 @@ def by_products(product, x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, s
     return y.view(*x.shape[:-1], y.shape[1])
 
 
-def gradients_by_products(product, dy: Tensor, x: Tensor, w: Tensor, live: Tensor, side: str, width: int, of_x: bool,
-                          of_w: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, w and b; of dead blocks zero, and never computed."""
+def gradients_by_products(product, dy: Tensor, x: Tensor, w: Tensor, live: Tensor, side: str, width: int, of_x: bool, of_w: bool,
+                          sums=lambda t: t.sum(0)) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, w and b; of dead blocks zero, and never computed. sums: of columns."""
     flat, dy, out, live = as_rows(x), as_rows(dy), side == "out", live.contiguous()
     dx, dw, db = (t.new_empty(0) for t in (x, w, w))
     if of_x:
@@ -94,7 +94,7 @@ def gradients_by_products(product, dy: Tensor, x: Tensor, w: Tensor, live: Tenso
         product(dy, w, dx, live, width, live_columns=not out, live_depth=out)
         dx = dx.view(x.shape)
     if of_w:
-        dw, db = torch.zeros_like(w), dy.sum(0).to(w.dtype)
+        dw, db = torch.zeros_like(w), sums(dy).to(w.dtype)
         product(dy.t(), flat, dw, live, width, live_rows=out, full_columns=not out)
         db = spread(w.new_empty(w.shape[0]), 0, live, width, db) if out else db
     return dx, dw, db

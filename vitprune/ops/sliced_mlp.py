@@ -68,8 +68,9 @@ def by_products(product, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b
 
 
 def gradients_by_products(product, dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, live: Tensor | None,
-                          width: int, of_x: bool, of_w: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, b1, w2 and b2; of dead units zero, and never computed. The hidden layer is computed again."""
+                          width: int, of_x: bool, of_w: bool,
+                          sums=lambda t: t.sum(0)) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, w1, b1, w2 and b2; of dead units zero, and never computed. The hidden layer is computed again. sums: of columns."""
     flat, dy, live = as_rows(x), as_rows(dy), live if live is None else live.contiguous()
     hidden, dh = (torch.empty(len(flat), native.units(w1.shape[0], live, width), dtype=x.dtype, device=x.device) for _ in range(2))
     dx, dw1, db1, dw2, db2 = (t.new_empty(0) for t in (x, w1, w1, w2, w2))
@@ -80,10 +81,10 @@ def gradients_by_products(product, dy: Tensor, x: Tensor, w1: Tensor, b1: Tensor
         product(dh, w1, dx, live, width, live_depth=True)
         dx = dx.view(x.shape)
     if of_w:
-        dw1, dw2, db2 = torch.zeros_like(w1), torch.zeros_like(w2), dy.sum(0).to(w2.dtype)
+        dw1, dw2, db2 = torch.zeros_like(w1), torch.zeros_like(w2), sums(dy).to(w2.dtype)
         product(dh.t(), flat, dw1, live, width, live_rows=True)
         product(dy.t(), hidden, dw2, live, width, full_columns=True)
-        db1 = spread(w1.new_empty(w1.shape[0]), 0, live, width, dh.sum(0))
+        db1 = spread(w1.new_empty(w1.shape[0]), 0, live, width, sums(dh))
     return dx, dw1, db1, dw2, db2
 
 
