@@ -15,3 +15,13 @@ def reason(device: torch.device) -> str | None:
     if device.type == "cpu" and triton.knobs.runtime.interpret:
         return None
     return f"Triton runs on a GPU, not on {device.type} (TRITON_INTERPRET=1 interprets it, slowly)"
+
+
+def ceil_div(n: int, size: int) -> int:
+    """n / size rounded up. Triton's own takes microseconds where it is called on the host: more than a launch's other sizes together."""
+    return -(-n // size)
+
+
+def power_of_2(n: int) -> int:
+    """The power of two from n on, 1 at least."""
+    return 1 << max(n - 1, 0).bit_length()

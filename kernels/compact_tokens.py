@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import ceil_div, configs, power_of_2
 from .policy_attention import on
 
 OP, INVERSE = "compact_tokens", "expand_rows"
@@ -73,7 +73,7 @@ def expand_rows_kernel(
 def default(dtype: torch.dtype, arch: int, *, B: int = 1, N: int = 197, C: int = 384) -> dict:
     """rows, channels: tokens and channels copied at a time; scan: mask entries counted at a time; programs: at most so many, since
     each counts the mask before its own tokens."""
-    return {"rows": 16, "channels": min(256, max(16, triton.next_power_of_2(C))), "scan": 4096, "programs": 1024, "num_warps": 4}
+    return {"rows": 16, "channels": min(256, max(16, power_of_2(C))), "scan": 4096, "programs": 1024, "num_warps": 4}
 
 
 def candidates(dtype: torch.dtype, arch: int, *, B: int = 1, N: int = 197, C: int = 384) -> list[dict]:
@@ -103,10 +103,10 @@ def launch(x: Tensor, keep: Tensor, capacity: int, config: dict | None = None) -
     config = config or _config(OP, x, B, N, C)
     keep = keep.contiguous()  # a byte a token
     tokens = max(B * N, capacity)
-    chunk = 16 * triton.cdiv(tokens, 16 * config["programs"])  # a multiple of 16 lets the mask be read 16 bytes at a time
+    chunk = 16 * ceil_div(tokens, 16 * config["programs"])  # a multiple of 16 lets the mask be read 16 bytes at a time
     bits = BITS[x.element_size()]
     with on(x.device):
-        compact_tokens_kernel[(triton.cdiv(tokens, chunk),)](
+        compact_tokens_kernel[(ceil_div(tokens, chunk),)](
             x.view(bits), keep.view(torch.uint8), rows.view(bits), cu_seqlens, B * N, N, C, capacity, chunk, *x.stride(),
             SCAN=config["scan"], ROWS=config["rows"], CHANNELS=config["channels"], num_warps=config["num_warps"])
     if capacity < B * N:  # elsewhere there is room for everything
@@ -123,9 +123,9 @@ def launch_expand(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, fill: float, c
     config = config or _config(INVERSE, rows, B, N, C)
     bits = BITS[rows.element_size()]
     with on(rows.device):
-        expand_rows_kernel[(B, triton.cdiv(N, config["rows"]))](
+        expand_rows_kernel[(B, ceil_div(N, config["rows"]))](
             rows.view(bits), cu_seqlens, keep.contiguous().view(torch.uint8), out.view(bits), N, C, R,
             torch.tensor(fill, dtype=rows.dtype, device="cpu").view(bits).item(), *rows.stride(), cu_seqlens.stride(0),
-            SCAN=min(config["scan"], max(16, triton.next_power_of_2(N))), ROWS=config["rows"], CHANNELS=config["channels"],
+            SCAN=min(config["scan"], max(16, power_of_2(N))), ROWS=config["rows"], CHANNELS=config["channels"],
             num_warps=config["num_warps"])
     return out

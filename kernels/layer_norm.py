@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import ceil_div, configs, power_of_2
 from .add_norm import DTYPES, MAX_CHANNELS, as_rows, statistics
 from .policy_attention import on
 
@@ -28,14 +28,14 @@ def layer_norm_kernel(x, weight, bias, y, R, N, x_batch, x_row, eps, C: tl.const
 
 def default(dtype: torch.dtype, arch: int, *, C: int, R: int = 0) -> dict:
     """rows: of a program."""
-    width = triton.next_power_of_2(C)
+    width = power_of_2(C)
     elements = 1024 if arch < 80 else 2048
     return {"rows": max(1, elements // width), "num_warps": min(16, 4 * max(1, width // 1024))}
 
 
 def candidates(dtype: torch.dtype, arch: int, *, C: int, R: int = 0) -> list[dict]:
     """What is worth timing, the default first."""
-    first, width = default(dtype, arch, C=C, R=R), triton.next_power_of_2(C)
+    first, width = default(dtype, arch, C=C, R=R), power_of_2(C)
     found = [{"rows": max(1, elements // width), "num_warps": warps}
              for elements, warps in ((1024, 1), (1024, 2), (2048, 2), (4096, 4), (4096, 8))]
     return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
@@ -63,7 +63,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, config: d
     config = config or configs.nearest(OP, arch, x.dtype, (("R", R), ("C", C))) or default(x.dtype, arch, C=C, R=R)
     x = as_rows(x)
     with on(x.device):
-        layer_norm_kernel[(triton.cdiv(R, config["rows"]),)](
+        layer_norm_kernel[(ceil_div(R, config["rows"]),)](
             x, weight.contiguous(), bias if bias is None else bias.contiguous(), y, R, x.shape[1], *x.stride()[:2], eps,
-            C=C, ROWS=config["rows"], CHANNELS=triton.next_power_of_2(C), num_warps=config["num_warps"])
+            C=C, ROWS=config["rows"], CHANNELS=power_of_2(C), num_warps=config["num_warps"])
     return y

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import ceil_div, configs, power_of_2
 
 OP = "policy_attention"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -146,7 +146,7 @@ def forward_kernel(
 
 def tail(N: int, step: int) -> int:
     """Rows of the last step, where N is no multiple of `step`: the power of two that holds the rest, 16 at least."""
-    return max(16, triton.next_power_of_2(N % step))
+    return max(16, power_of_2(N % step))
 
 
 PASSES = ("", "dq_", "dk_")  # forward, gradient of queries, gradient of keys: each has tiles, warps and loads in flight of its own
@@ -209,8 +209,8 @@ def launch(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, scale: float, eps: f
     m, z = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(2))
     config = config or configured(q)
     with on(q.device):
-        forward_kernel[(B * H * triton.cdiv(N, config["queries"]),)](
+        forward_kernel[(B * H * ceil_div(N, config["queries"]),)](
             q, k, v, policy, out, m, z, N, H, scale, eps, *q.stride(), *k.stride(), *v.stride(), *policy.stride(),
-            D=D, WIDTH=triton.next_power_of_2(D), EPS=eps > 0, QUERIES=config["queries"], KEYS=config["keys"], TAIL=tail(N, config["keys"]),
+            D=D, WIDTH=power_of_2(D), EPS=eps > 0, QUERIES=config["queries"], KEYS=config["keys"], TAIL=tail(N, config["keys"]),
             num_warps=config["num_warps"], num_stages=config["num_stages"])
     return out, m, z

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import ceil_div, power_of_2
 from .policy_attention import LOG2E, configured, dot, felt, finite, in_float, keep_rows, on, rows_of, split, tail
 
 
@@ -197,17 +198,17 @@ def launch(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, policy: Tensor, out: T
     delta, dpolicy, dm = (torch.empty(B, H, N, dtype=torch.float32, device=q.device) for _ in range(3))
     top = torch.empty(B, H, N, dtype=torch.int32, device=q.device)
     config = config or configured(q)
-    marks = triton.cdiv(N, config["dq_queries"])
+    marks = ceil_div(N, config["dq_queries"])
     any_felt = torch.empty(B * H * marks, dtype=torch.int32, device=q.device)
     strides = (*q.stride(), *k.stride(), *v.stride(), *policy.stride(), *dout.stride())
 
     def constants(at: str, passing: str) -> dict:
-        return {"D": D, "WIDTH": triton.next_power_of_2(D), "EPS": eps > 0, "QUERIES": config[at + "queries"], "KEYS": config[at + "keys"],
+        return {"D": D, "WIDTH": power_of_2(D), "EPS": eps > 0, "QUERIES": config[at + "queries"], "KEYS": config[at + "keys"],
                 "TAIL": tail(N, config[at + passing]), "num_warps": config[at + "num_warps"], "num_stages": config[at + "num_stages"]}
     with on(q.device):
         query_gradient_kernel[(B * H * marks,)](q, k, v, policy, dout, out, m, z, delta, dm, top, any_felt, dqkv, N, H, scale, eps,
                                                 *strides, *out.stride(), **constants("dq_", "keys"))
-        key_gradient_kernel[(B * H * triton.cdiv(N, config["dk_keys"]),)](  # reads what the first has written
+        key_gradient_kernel[(B * H * ceil_div(N, config["dk_keys"]),)](  # reads what the first has written
             q, k, v, policy, dout, m, z, delta, dm, top, any_felt, dqkv, dpolicy, N, H, marks, scale, eps, *strides,
             **constants("dk_", "queries"))
     return dqkv, dpolicy.sum(1).to(policy.dtype)

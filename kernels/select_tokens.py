@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs
+from . import ceil_div, configs, power_of_2
 
 OP = "select_tokens"
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -124,8 +124,8 @@ def launch(x: Tensor, scores: Tensor, k: int, prefix: int, config: dict | None =
     if B == 0 or prefix + k == 0:
         return tokens, ids
     bits = BITS[x.element_size()]  # rows are copied as they are, whatever their format
-    patches = triton.next_power_of_2(max(N - prefix, 1))
-    grid = (B, triton.cdiv(prefix + k, config["rows"]))
+    patches = power_of_2(max(N - prefix, 1))
+    grid = (B, ceil_div(prefix + k, config["rows"]))
     pairs = config["pairs"] * 4 // max(4, scores.element_size())  # 64-bit keys take two registers each
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         select_tokens_kernel[grid](
@@ -145,7 +145,7 @@ def launch_backward(dtokens: Tensor, ids: Tensor, prefix: int, tokens: int, conf
         return dx
     bits = BITS[dx.element_size()]
     with torch.cuda.device(dx.device) if dx.is_cuda else contextlib.nullcontext():
-        select_tokens_backward_kernel[(B, triton.cdiv(tokens, config["rows"]))](
+        select_tokens_backward_kernel[(B, ceil_div(tokens, config["rows"]))](
             dtokens.view(bits), ids.contiguous(), dx.view(bits), prefix, tokens - prefix, ids.shape[1], C, *dtokens.stride(),
             OTHERS=256, ROWS=config["rows"], CHANNELS=config["channels"], num_warps=config["num_warps"])
     return dx

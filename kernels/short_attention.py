@@ -6,9 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..native import processors
 from ..native import short_attention as native
-from . import configs
-from .policy_attention import in_float, on
+from . import ceil_div, configs, power_of_2
+from .policy_attention import INTERPRETED, in_float, on
 
 OP = "short_attention"
 ONE_PASS = 256  # the most keys whose scores a program holds at once
@@ -18,11 +19,10 @@ LEAST = tl.constexpr(native.LEAST)
 
 
 @triton.jit
-def place(cu_seqlens, T, N, H, SPAN: tl.constexpr, PACKED: tl.constexpr):
-    """What the program does: image, head, first row in its sequence; and that sequence's first row and length, within T rows and N:
+def place(pid, cu_seqlens, T, N, H, SPAN: tl.constexpr, PACKED: tl.constexpr):
+    """What program `pid` does: image, head, first row in its sequence; and that sequence's first row and length, within T rows and N:
     nobody has looked at what a GPU is given."""
     parts = tl.cdiv(N, SPAN)
-    pid = tl.program_id(0)
     b = pid // (parts * H)
     if PACKED:
         base = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), T).to(tl.int64)
@@ -140,16 +140,41 @@ def zero_tail(out, cu_seqlens, b, B, T, part, parts, row_stride, ROWS: tl.conste
         store(out, zero, start + tl.arange(0, ROWS), T, row_stride, D, WIDTH)
 
 
+@triton.jit
+def ask(x, n, row_stride, ROWS: tl.constexpr):
+    """Fetch the first 128 bytes of n rows into the L2 cache, without waiting for them."""
+    row = tl.maximum(tl.minimum(tl.arange(0, ROWS), n - 1), 0).to(tl.int64)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [x + row * row_stride], tl.int32, False, 1)
+
+
+@triton.jit
+def pass_of(q, ks, vs, n, x, scale, KEYS: tl.constexpr, QUERIES: tl.constexpr, WIDTH: tl.constexpr, PACKED: tl.constexpr,
+            WIDE: tl.constexpr):
+    """Attention to keys that are all at hand: the sum of values under weights, that of weights, and the largest score."""
+    acc = tl.zeros((QUERIES, WIDTH), tl.float32)
+    total = tl.zeros((QUERIES,), tl.float32)
+    scores, peak = all_scores(q, ks, n, x, KEYS, QUERIES, PACKED, WIDE)
+    shift = shift_of(peak, scale)
+    for i in tl.static_range(len(scores)):
+        p = tl.exp2(scores[i] * scale - shift[:, None])
+        total += tl.sum(p, 1)
+        acc = dot(p, vs[i], acc, x, WIDE)
+    return acc, total, peak
+
+
 @triton.jit(do_not_specialize=["B", "T", "N", "H"])
 def forward_kernel(
     qkv, out, cu_seqlens,
     B, T, N, H, scale, x_batch, x_row, x_channel,
-    D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, LOOP: tl.constexpr, QUERIES: tl.constexpr, SPAN: tl.constexpr,
-    PACKED: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, LOOP: tl.constexpr, QUERIES: tl.constexpr, SPANS: tl.constexpr,
+    UNROLL: tl.constexpr, AHEAD: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):
-    """grid (images * heads * parts of SPAN queries); keys in one pass over KEYS of them, or first the last ones, at most KEYS, and then
-    LOOP at a time, all of which are there. The scale is positive or 0."""
-    b, head, first, base, n = place(cu_seqlens, T, N, H, SPAN, PACKED)
+    """grid (images * heads * parts of SPANS tiles of QUERIES); keys in one pass over KEYS of them, or first the last ones, at most KEYS,
+    and then LOOP at a time, all of which are there. The scale is positive or 0. UNROLL: load all queries beside the keys, to wait but
+    once, for one pass over rows that are not packed. AHEAD: ask for the rows of so many programs later."""
+    SPAN: tl.constexpr = QUERIES * SPANS
+    pid = tl.program_id(0)
+    b, head, first, base, n = place(pid, cu_seqlens, T, N, H, SPAN, PACKED)
     q_ptr = begin(qkv, b, head, base, x_batch, x_row, x_channel, D, PACKED)
     k_ptr = q_ptr + H.to(tl.int64) * D * x_channel
     v_ptr = k_ptr + H.to(tl.int64) * D * x_channel
@@ -159,28 +184,37 @@ def forward_kernel(
         scale = tl.maximum(scale, LEAST, propagate_nan=tl.PropagateNan.ALL) * LOG2E
         last = n * 0 if LOOP == 0 else (n - 1) // LOOP * LOOP
         skipped = last.to(tl.int64) * x_row
+        qs = ()
+        for i in tl.static_range(SPANS if UNROLL else 0):
+            qs = qs + (load(q_ptr, first + i * QUERIES + tl.arange(0, QUERIES), n, x_row, x_channel, D, WIDTH),)
         ks = tiles(k_ptr + skipped, n - last, x_row, x_channel, KEYS, D, WIDTH, PACKED, True)
         vs = tiles(v_ptr + skipped, n - last, x_row, x_channel, KEYS, D, WIDTH, PACKED, False)
-        for start in range(first, tl.minimum(first + SPAN, n), QUERIES):
-            row = start + tl.arange(0, QUERIES)
-            q = load(q_ptr, row, n, x_row, x_channel, D, WIDTH)
-            acc = tl.zeros((QUERIES, WIDTH), tl.float32)
-            total = tl.zeros((QUERIES,), tl.float32)
-            scores, peak = all_scores(q, ks, n - last, qkv, KEYS, QUERIES, PACKED, WIDE)
-            shift = shift_of(peak, scale)
-            for i in tl.static_range(len(scores)):
-                p = tl.exp2(scores[i] * scale - shift[:, None])
-                total += tl.sum(p, 1)
-                acc = dot(p, vs[i], acc, qkv, WIDE)
-            if LOOP > 0:
-                for at in range(0, last, LOOP):
-                    key = at + tl.arange(0, LOOP)
-                    k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH, True)
-                    weights, fade, peak = online(scores_of(q, k, at, n, qkv, LOOP, WIDE, True), peak, scale)
-                    total = total * fade + tl.sum(weights, 1)
-                    v = load(v_ptr, key, n, x_row, x_channel, D, WIDTH, True)
-                    acc = dot(weights, v, acc * fade[:, None], qkv, WIDE)
-            store(out + base * H * D + head * D, acc * (1.0 / total)[:, None], row, n, H * D, D, WIDTH)
+        if AHEAD:
+            pid += AHEAD
+            if pid < B * H:
+                later, its, _, start, rows = place(pid, cu_seqlens, T, N, H, SPAN, PACKED)
+                for i in tl.static_range(3):
+                    ask(begin(qkv, later, its + i * H, start, x_batch, x_row, x_channel, D, PACKED), rows, x_row, 256)
+        out += base * H * D + head * D
+        if UNROLL:
+            for i in tl.static_range(SPANS):
+                row = first + i * QUERIES + tl.arange(0, QUERIES)
+                acc, total, _ = pass_of(qs[i], ks, vs, n, qkv, scale, KEYS, QUERIES, WIDTH, PACKED, WIDE)
+                store(out, acc * (1.0 / total)[:, None], row, n, H * D, D, WIDTH)
+        else:
+            for start in range(first, tl.minimum(first + SPAN, n), QUERIES):
+                row = start + tl.arange(0, QUERIES)
+                q = load(q_ptr, row, n, x_row, x_channel, D, WIDTH)
+                acc, total, peak = pass_of(q, ks, vs, n - last, qkv, scale, KEYS, QUERIES, WIDTH, PACKED, WIDE)
+                if LOOP > 0:
+                    for at in range(0, last, LOOP):
+                        key = at + tl.arange(0, LOOP)
+                        k = load_turned(k_ptr, key, n, x_row, x_channel, D, WIDTH, True)
+                        weights, fade, peak = online(scores_of(q, k, at, n, qkv, LOOP, WIDE, True), peak, scale)
+                        total = total * fade + tl.sum(weights, 1)
+                        v = load(v_ptr, key, n, x_row, x_channel, D, WIDTH, True)
+                        acc = dot(weights, v, acc * fade[:, None], qkv, WIDE)
+                store(out, acc * (1.0 / total)[:, None], row, n, H * D, D, WIDTH)
 
 
 def refuses(device: torch.device, dtype: torch.dtype, *, fits: bool = True, **_) -> str | None:
@@ -192,7 +226,7 @@ def refuses(device: torch.device, dtype: torch.dtype, *, fits: bool = True, **_)
 
 def fits_on_chip(N: int, D: int) -> bool:
     """Whether the keys and values of a head, in 16 bits, leave room in 99 KiB of shared memory."""
-    return N <= ONE_PASS and N * triton.next_power_of_2(D) <= ONE_PASS * 64
+    return N <= ONE_PASS and N * power_of_2(D) <= ONE_PASS * 64
 
 
 def without_matrices(dtype: torch.dtype, arch: int, D: int) -> tuple[int, int] | None:
@@ -207,9 +241,9 @@ def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int =
     if small := without_matrices(dtype, arch, D):
         return {"queries": 16, "spans": 1, "keys": small[0], "num_warps": small[1], "num_stages": 2}
     one = fits_on_chip(N, D)
-    many = one and B * H >= 512 and D > 32  # enough heads to fill a card: read the keys of each once; narrow ones are read fast
+    many = one and B * H >= (256 if arch == 90 else 512) and D > 32  # enough to fill a card: read a head's keys once; narrow ones are fast
     rows = 32 if many and arch not in (90, 100) else 64  # what is kept over the queries leaves fewer registers for their scores
-    return {"queries": rows, "spans": triton.cdiv(N, rows) if many else 1, "keys": 0 if one else 64 if D <= 64 else 32,
+    return {"queries": rows, "spans": ceil_div(N, rows) if many else 1, "keys": 0 if one else 64 if D <= 64 else 32,
             "num_warps": 4 if one or D <= 64 else 8, "num_stages": 1 if one and not many else 2}  # one tile: nothing to load ahead
 
 
@@ -220,10 +254,11 @@ def candidates(dtype: torch.dtype, arch: int, **shape) -> list[dict]:
         found = [first | {"queries": q, "keys": k, "num_warps": w}
                  for q, k, w in ((16, 16, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 32, 8))]
     else:
-        every = triton.cdiv(shape.get("N", 197), 32)
-        found = [first | {"spans": s} for s in {1, 2, triton.cdiv(every, 2)}]
+        every = ceil_div(shape.get("N", 197), 32)
+        found = [first | {"spans": s} for s in {1, 2, ceil_div(every, 2)}]
         found += [first | {"queries": 32, "spans": s, "num_warps": w} for s, w in ((1, 2), (1, 4), (every, 2), (every, 4))]
         found += [first | {"queries": q, "keys": k, "spans": 1} for q, k in ((64, 32), (64, 64), (128, 64))]
+        found += [first | {"queries": 128, "spans": ceil_div(every, 4), "num_warps": 8}] if arch == 90 else []
     return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
 
 
@@ -233,17 +268,17 @@ def arguments(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen
     packed = cu_seqlens is not None
     B, N = (cu_seqlens.shape[0] - 1, max_seqlen) if packed else qkv.shape[:2]
     return (B, qkv.shape[0] if packed else B * N, N, num_heads), {
-        "D": D, "WIDTH": triton.next_power_of_2(D), "PACKED": packed,
-        "WIDE": bool(triton.knobs.runtime.interpret)}  # the interpreter keeps bfloat16 as bits and would multiply those
+        "D": D, "WIDTH": power_of_2(D), "PACKED": packed,
+        "WIDE": INTERPRETED.value}  # the interpreter keeps bfloat16 as bits and would multiply those
 
 
 def keys_of(N: int, step: int, even: bool) -> dict:
     """One pass over N rounded up to 16, or a loop where that is asked for or N is too long: even, or with a first step over what is left
     after the others."""
     if not step and N <= ONE_PASS:
-        return {"KEYS": triton.cdiv(N, 16) * 16, "LOOP": 0}
+        return {"KEYS": ceil_div(N, 16) * 16, "LOOP": 0}
     step = step or 64
-    return {"KEYS": step if even else triton.cdiv((N - 1) % step + 1, 16) * 16, "LOOP": step}
+    return {"KEYS": step if even else ceil_div((N - 1) % step + 1, 16) * 16, "LOOP": step}
 
 
 def chosen(op: str, otherwise, qkv: Tensor, B: int, H: int, N: int, D: int) -> dict:
@@ -263,11 +298,15 @@ def launch(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: i
     if scale < 0:
         return launch(native.turned_over(qkv), num_heads, cu_seqlens, max_seqlen, -scale, config)
     config = config or chosen(OP, default, qkv, B, H, N, constants["D"])
-    span = config["queries"] * config["spans"]
+    queries, keys = config["queries"], keys_of(N, config["keys"], constants["PACKED"])
+    spans = min(config["spans"], ceil_div(N, queries))
+    parts = ceil_div(N, queries * spans)
+    once = keys["LOOP"] == 0 and (configs.capability(qkv.device) == 90 or constants["WIDE"])  # measured on Hopper alone
+    ahead = 2 * processors(qkv.device.index) if once and parts == 1 and not constants["WIDE"] else 0
     with on(qkv.device):
-        forward_kernel[(B * H * triton.cdiv(N, span),)](
+        forward_kernel[(B * H * parts,)](
             qkv, out, None if cu_seqlens is None else cu_seqlens.contiguous(), B, T, N, H, scale,
             *(qkv.stride() if cu_seqlens is None else (0, *qkv.stride())),
-            QUERIES=config["queries"], SPAN=span, **keys_of(N, config["keys"], constants["PACKED"]), **constants,
+            QUERIES=queries, SPANS=spans, UNROLL=once and cu_seqlens is None, AHEAD=ahead, **keys, **constants,
             num_warps=config["num_warps"], num_stages=config["num_stages"])
     return out

@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..native import short_attention as native
+from . import ceil_div
 from .short_attention import (
     LEAST,
     LOG2E,
@@ -44,7 +45,7 @@ def query_gradient_kernel(
     grid (images * heads * tiles of QUERIES). Both come from the recomputed weights, so the forward stores nothing. The scale is positive
     or 0.
     """
-    b, head, first, base, n = place(cu_seqlens, T, N, H, QUERIES, PACKED)
+    b, head, first, base, n = place(tl.program_id(0), cu_seqlens, T, N, H, QUERIES, PACKED)
     q_ptr = begin(qkv, b, head, base, x_batch, x_row, x_channel, D, PACKED)
     k_ptr = q_ptr + H.to(tl.int64) * D * x_channel
     v_ptr = k_ptr + H.to(tl.int64) * D * x_channel
@@ -109,7 +110,7 @@ def key_gradient_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, PACKED: tl.constexpr, WIDE: tl.constexpr,
 ):
     """dk and dv, a program for each tile of KEYS keys of a head: nothing is added from outside, so no atomics."""
-    b, head, first, base, n = place(cu_seqlens, T, N, H, KEYS, PACKED)
+    b, head, first, base, n = place(tl.program_id(0), cu_seqlens, T, N, H, KEYS, PACKED)
     q_ptr = begin(qkv, b, head, base, x_batch, x_row, x_channel, D, PACKED)
     k_ptr = q_ptr + H.to(tl.int64) * D * x_channel
     do_ptr = begin(dout, b, head, base, d_batch, d_row, d_channel, D, PACKED)
@@ -181,10 +182,10 @@ def launch(dout: Tensor, qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None,
     strides = (0, *qkv.stride(), 0, *dout.stride()) if packed else (*qkv.stride(), *dout.stride())
     tensors = (dout, qkv, dqkv, cu_seqlens.contiguous() if packed else None, peaks, deltas)
     with on(qkv.device):
-        query_gradient_kernel[(B * H * triton.cdiv(N, config["queries"]),)](
+        query_gradient_kernel[(B * H * ceil_div(N, config["queries"]),)](
             *tensors, B, T, N, H, scale, *strides, QUERIES=config["queries"], **keys_of(N, config["keys"], True), **constants,
             num_warps=config["num_warps"], num_stages=config["num_stages"])
-        key_gradient_kernel[(B * H * triton.cdiv(N, config["k_keys"]),)](
+        key_gradient_kernel[(B * H * ceil_div(N, config["k_keys"]),)](
             *tensors, T, N, H, scale, *strides, QUERIES=config["k_queries"], KEYS=config["k_keys"], **constants,
             num_warps=config["k_warps"], num_stages=config["k_stages"])
     return dqkv

@@ -209,6 +209,7 @@ def launches_of(monkeypatch, dtype, N, arch=80, B=128, H=6, D=64, packed=False):
     """What a forward and a backward launch, recorded on tensors without memory: a launcher that reads the device fails."""
     forward, backward = kernels()
     monkeypatch.setattr(forward.configs, "capability", lambda device: arch)
+    monkeypatch.setattr(forward, "processors", lambda index: 132)
     with torch.device("meta"):
         qkv = torch.empty(*((B * N,) if packed else (B, N)), 3 * H * D, dtype=dtype)
         ends = torch.empty(B + 1, dtype=torch.int32) if packed else None

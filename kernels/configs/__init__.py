@@ -26,6 +26,7 @@ _said: set[str] = set()        # operators for which the nearest configuration s
 _probe: dict[tuple, dict | None] | None = None  # not by thread: a gradient runs in another
 
 
+@functools.cache
 def capability(device: torch.device) -> int:
     """90 for compute capability 9.0; a CPU, which can only interpret, counts as 80."""
     if device.type != "cuda":
