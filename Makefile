@@ -31,8 +31,9 @@ bench: .venv/test.stamp
 bench-card: .venv/test.stamp
 	$(BIN)/python -m bench.card
 
-# On a GPU, with NVIDIA's compute-sanitizer: what reads or writes out of bounds, and what races.
+# On a GPU, with NVIDIA's compute-sanitizer: what reads or writes out of bounds, and what races. Compiled before, outside of it.
 sanitize: .venv/test.stamp
+	$(BIN)/python tests/sanitize.py
 	set -e; for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
 	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize.py; done
 

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 
 from vitprune.native import reason_cpp
 
@@ -35,10 +35,33 @@ CUDA = [pytest.param("cuda", "cuda", marks=DEVICES[1].marks),
         *(pytest.param("cuda", "cpu", marks=[CPP, pytest.mark.emulated(arch)], id=f"emulated-{arch}") for arch in (61, 75, 80))]
 
 
+class Part(int):
+    """How many of the random cases a test has, which others have more of."""
+    seed = 0
+
+
+def counts(some: int, many: int) -> list:
+    """Numbers of random cases, for `make test` and `make test-long`. A card's compiler has its work in each: there they are spread
+    over tests that run beside each other."""
+    parts = [some]
+    if torch.cuda.is_available() and not INTERPRETED:
+        parts = [Part(some // 8) for _ in range(8)]
+        for i, part in enumerate(parts):
+            part.seed = i
+    return [*parts, pytest.param(many, marks=pytest.mark.long)]
+
+
+def seeds(count: int) -> range:
+    """So many seeds of cases, other ones for each part of a test."""
+    first = getattr(count, "seed", 0) * count
+    return range(first, first + count)
+
+
 def explore(check, small, real, count: int, describe) -> None:
     """check(case) on `count` cases: a fifth from the strategy `real`, the rest from `small`; prints how they spread."""
     spread: Counter = Counter()
     for strategy, examples in ((real, count // 5), (small, count - count // 5)):
+        @(seed(count.seed) if isinstance(count, Part) else lambda run: run)
         @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
         @given(strategy)
         def run(case):

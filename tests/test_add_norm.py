@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, CUDA, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
+from kernel_checks import ARCHS, CUDA, INTERPRETED, SHARED, compile_launch, counts, explore, kernels, layout, record
 from oracles import check_operator, within_twice
 
 from vitprune import ops
@@ -111,7 +111,7 @@ def check(case, name, device, lucky):
             within_twice(a, c + unit, c)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", counts(200, 10_000))
 @pytest.mark.parametrize("name, device", KERNELS)
 def test_kernel(name, device, count):
     lucky = []

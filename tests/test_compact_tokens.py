@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, layout, record
+from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, counts, explore, layout, record
 from oracles import check_operator
 
 from vitprune import native, ops
@@ -88,13 +88,13 @@ def check(case, name, device):
     torch.testing.assert_close(dpacked, expected, **same)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", counts(200, 10_000))
 @pytest.mark.parametrize("device", DEVICES)
 def test_triton(device, count):
     explore(lambda case: check(case, "triton", device), cases(False), cases(True), count, describe)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", counts(200, 10_000))
 @pytest.mark.parametrize("name, device", CUDA)
 def test_cuda(name, device, count):
     explore(lambda case: check(case, name, device), cases(False), cases(True), count, describe)

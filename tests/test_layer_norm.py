@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record
+from kernel_checks import ARCHS, INTERPRETED, SHARED, compile_launch, counts, explore, kernels, layout, record
 from oracles import check_operator, within_twice
 from timm.models import VisionTransformer
 
@@ -56,7 +56,7 @@ def describe(case):
     return [str(case["dtype"]), f"C={case['shape'][-1]}"] + ["bias"] * case["bias"]
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", counts(200, 10_000))
 @pytest.mark.parametrize("name, device", kernels("triton"))
 def test_kernel(name, device, count):
     explore(lambda case: check(case, name, device), cases(False), cases(True), count, describe)

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_checks import ARCHS, CPP, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, kernels, record
+from kernel_checks import ARCHS, CPP, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, counts, kernels, record
 from oracles import within_twice
 from policy_attention_cases import DTYPES, check_many, run, true
 from torch.nn import functional as F
@@ -17,7 +17,7 @@ KERNELS, EMULATED = [*kernels("triton", cpp=CPP), CUDA[0]], CUDA[1:]
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", counts(200, 10_000))
 @pytest.mark.parametrize("name, device", KERNELS)
 def test_kernel(name, device, count):
     check_many(name, device, count)

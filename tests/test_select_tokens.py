@@ -1,7 +1,7 @@
 """Every form of select_tokens against one independent truth: PyTorch, C++, Triton, CUDA."""
 import pytest
 import torch
-from kernel_checks import ARCHS, CPP, INTERPRETED, SHARED, compile_launch, record
+from kernel_checks import ARCHS, CPP, INTERPRETED, SHARED, compile_launch, counts, record, seeds
 from oracles import check_operator
 from select_tokens_cases import case, check, describe
 
@@ -88,10 +88,10 @@ def test_triton_edges(device):
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=[pytest.mark.interpreter, pytest.mark.skipif(
     not INTERPRETED, reason="Triton's interpreter is off: TRITON_INTERPRET=1")]), ON_GPU])
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", counts(200, 10_000))
 def test_triton_gradient(device, count):
     """The gradient of x is that of the kept rows in their places and zero elsewhere, bit for bit."""
-    for seed in range(count):
+    for seed in seeds(count):
         x, scores, k, prefix = case(seed, device=device, large=seed % 100 == 98)
         leaf = x.detach().requires_grad_()
         with backend("reference"):
@@ -100,7 +100,7 @@ def test_triton_gradient(device, count):
         up = up if seed % 3 else up.transpose(0, 2).contiguous().transpose(0, 2)
         expected, = torch.autograd.grad(tokens, leaf, up)
         assert torch.equal(torch.ops.vitprune.select_tokens_backward(up, ids, prefix, x.shape[1]), expected), seed
-    print(describe(case(seed, large=seed % 100 == 98) for seed in range(count)))
+    print(describe(case(seed, large=seed % 100 == 98) for seed in seeds(count)))
     x, scores = torch.randn(2, 6, 3, device=device), torch.randn(2, 5, device=device)
     torch.library.opcheck(torch.ops.vitprune.select_tokens.default, (x.clone().requires_grad_(), scores, 3, 1, "triton"))
     with backend("triton"):

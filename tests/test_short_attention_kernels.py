@@ -3,7 +3,7 @@ from unittest import mock
 
 import pytest
 import torch
-from kernel_checks import ARCHS, CPP, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, record
+from kernel_checks import ARCHS, CPP, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, counts, explore, record
 from oracles import within_twice, within_twice_unless_lucky
 from short_attention_cases import DTYPES, cases, describe, run, tensors_of
 
@@ -43,7 +43,7 @@ def check(case, device, lucky):
         lucky.append(within_twice_unless_lucky(a, b, c, units=units))
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", counts(200, 10_000))
 @pytest.mark.parametrize("device", DEVICES)
 def test_triton(device, count):
     lucky = []

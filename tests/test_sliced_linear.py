@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, explore, kernels, layout, record, tiled
+from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, counts, explore, kernels, layout, record, tiled
 from oracles import check_operator, within_twice_unless_lucky
 
 from vitprune import native, ops
@@ -110,7 +110,7 @@ def explored(name, device, count):
     assert sum(lucky) <= 3 * len(lucky) // 100
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", counts(200, 10_000))
 @pytest.mark.parametrize("device", DEVICES)
 def test_triton(device, count):
     explored("triton", device, count)
