@@ -143,7 +143,7 @@ def zero_tail(out, cu_seqlens, b, B, T, part, parts, row_stride, ROWS: tl.conste
 @triton.jit
 def ask(x, n, row_stride, ROWS: tl.constexpr):
     """Fetch the first 128 bytes of n rows into the L2 cache, without waiting for them."""
-    row = tl.maximum(tl.minimum(tl.arange(0, ROWS), n - 1), 0).to(tl.int64)
+    row = tl.minimum(tl.arange(0, ROWS), n - 1).to(tl.int64)
     tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [x + row * row_stride], tl.int32, False, 1)
 
 
@@ -193,8 +193,9 @@ def forward_kernel(
             pid += AHEAD
             if pid < B * H:
                 later, its, _, start, rows = place(pid, cu_seqlens, T, N, H, SPAN, PACKED)
-                for i in tl.static_range(3):
-                    ask(begin(qkv, later, its + i * H, start, x_batch, x_row, x_channel, D, PACKED), rows, x_row, 256)
+                if rows > 0:
+                    for i in tl.static_range(3):
+                        ask(begin(qkv, later, its + i * H, start, x_batch, x_row, x_channel, D, PACKED), rows, x_row, 256)
         out += base * H * D + head * D
         if UNROLL:
             for i in tl.static_range(SPANS):
@@ -256,7 +257,8 @@ def candidates(dtype: torch.dtype, arch: int, **shape) -> list[dict]:
     else:
         every = ceil_div(shape.get("N", 197), 32)
         found = [first | {"spans": s} for s in {1, 2, ceil_div(every, 2)}]
-        found += [first | {"queries": 32, "spans": s, "num_warps": w} for s, w in ((1, 2), (1, 4), (every, 2), (every, 4))]
+        found += [first | {"queries": 32, "spans": s, "num_warps": w} for s, w in ((1, 2), (1, 4), (every, 2), (every, 4))
+                  if arch != 90 or s == 1 or w == 4]
         found += [first | {"queries": q, "keys": k, "spans": 1} for q, k in ((64, 32), (64, 64), (128, 64))]
         found += [first | {"queries": 128, "spans": ceil_div(every, 4), "num_warps": 8}] if arch == 90 else []
     return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
@@ -301,7 +303,7 @@ def launch(qkv: Tensor, num_heads: int, cu_seqlens: Tensor | None, max_seqlen: i
     queries, keys = config["queries"], keys_of(N, config["keys"], constants["PACKED"])
     spans = min(config["spans"], ceil_div(N, queries))
     parts = ceil_div(N, queries * spans)
-    once = keys["LOOP"] == 0 and (configs.capability(qkv.device) == 90 or constants["WIDE"])  # measured on Hopper alone
+    once = keys["LOOP"] == 0 and configs.capability(qkv.device) == 90  # measured on Hopper alone
     ahead = 2 * processors(qkv.device.index) if once and parts == 1 and not constants["WIDE"] else 0
     with on(qkv.device):
         forward_kernel[(B * H * parts,)](

@@ -1,6 +1,6 @@
 """The products of sliced_linear and sliced_mlp where there are many rows: the live blocks of a factor are copied side by side, which costs
-a hundredth of the product, and then every product with nothing to add to it is the library's, which no kernel here beats; the others run
-on tiles that the card itself copies (Hopper's tensor memory accelerator)."""
+a twentieth of the product and less, and then every product with nothing to add to it is the library's, which no kernel here beats; the
+others run on tiles that the card itself copies (Hopper's tensor memory accelerator)."""
 import torch
 import triton
 import triton.language as tl
@@ -89,9 +89,9 @@ def gather(full: Tensor, dim: int, live: Tensor, width: int) -> Tensor:
 
 
 def described(*tensors: Tensor) -> bool:
-    """Whether descriptors can be made of them: rows of 16 bytes and more, side by side, each on a multiple of 16 bytes."""
+    """Whether descriptors can be made of them and of what is gathered from them: rows of whole 16 bytes, channels side by side."""
     return all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(0) > 0 and t.data_ptr() % 16 == 0
-               and t.shape[1] * t.element_size() >= 16 for t in tensors)
+               and t.shape[1] * t.element_size() % 16 == 0 for t in tensors)
 
 
 def column_sums(t: Tensor) -> Tensor:
@@ -108,34 +108,33 @@ def product(a: Tensor, b: Tensor, c: Tensor, live: Tensor | None, width: int, *,
             live_columns: bool = False, full_columns: bool = False, live_depth: bool = False, bias: Tensor | None = None,
             other: Tensor | None = None, epilogue: str = "") -> Tensor:
     """`small.product`, which serves where there are fewer than config["large_rows"] rows, or where nothing is to be gathered an eighth."""
-    (M, K), N, gradient = a.shape, units(b.shape[1], live if live_columns else None, width), live_rows or full_columns
-    rows, rest = K if gradient else M, {"live_rows": live_rows, "live_columns": live_columns, "full_columns": full_columns,
-                                        "live_depth": live_depth, "bias": bias, "other": other, "epilogue": epilogue}
-    if rows * (8 if live is None else 1) < config["large_rows"] or a.dtype == torch.float32 or min(M, N, K) == 0:
-        return small.product(a, b, c, live, width, config=config, **rest)
-    if gradient:
-        return weights_gradient(a, b, c, live, width, live_rows)
-    turned = b.stride(0) == 1
+    M, K = a.shape
+    N = units(b.shape[1], live if live_columns else None, width)
+    gradient = live_rows or full_columns
+    enough = (K if gradient else M) * (8 if live is None else 1) >= config["large_rows"]
     # Where the depth is more than twice the width, the library's product and an addition are faster than one that adds.
     fused = epilogue != "" or (other is not None and K <= 2 * N)
-    if fused and not described(a, b.t() if turned else b, c, *(() if other is None else (other,))):
-        return small.product(a, b, c, live, width, config=config, **rest)
-    if live is not None and (live_columns or not fused):
+    turned = b.stride(0) == 1
+    if not enough or a.dtype == torch.float32 or min(M, N, K) == 0 or (
+            fused and not described(a, b.t() if turned else b, c, *(() if other is None else (other,)))):
+        return small.product(a, b, c, live, width, config=config, live_rows=live_rows, live_columns=live_columns,
+                             full_columns=full_columns, live_depth=live_depth, bias=bias, other=other, epilogue=epilogue)
+    if gradient:
+        return weights_gradient(a, b, c, live, width, live_rows)
+    direct = fused and live_depth and width % DEPTH == 0  # no step of the depth crosses a block: b is read as it lies
+    if live is not None and not direct:
         b = gather(b, 0 if live_depth else 1, live, width)
     if not fused:
         if bias is not None and live_columns and live is not None:
             bias = gather(bias[None], 1, live, width)[0]
         torch.mm(a, b, out=c) if bias is None else torch.addmm(bias, a, b, out=c)
         return c if other is None else c.add_(other)
-
-    def described_by(t: Tensor, *tile: int) -> TensorDescriptor:
-        return TensorDescriptor(t, [*t.shape], [*t.stride()], [*tile])
-    depth = min(DEPTH, width & -width) if live_depth and live is not None else DEPTH  # the largest step that crosses no block
+    tile = TensorDescriptor.from_tensor
     descriptor_kernel[(ceil_div(M, ROWS) * ceil_div(N, COLUMNS),)](
-        described_by(a, ROWS, depth), described_by(b.t(), COLUMNS, depth) if turned else described_by(b, depth, COLUMNS),
-        described_by(c, ROWS, COLUMNS), bias, None if other is None else described_by(other, ROWS, COLUMNS), live, M, N, K,
-        TURNED=turned, LIVE_BIAS=live_columns and live is not None, LIVE_DEPTH=live_depth and live is not None, WIDTH=width,
-        EPILOGUE=epilogue, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=depth, GROUP=8,
+        tile(a, [ROWS, DEPTH]), tile(b.t(), [COLUMNS, DEPTH]) if turned else tile(b, [DEPTH, COLUMNS]), tile(c, [ROWS, COLUMNS]),
+        bias, None if other is None else tile(other, [ROWS, COLUMNS]), live, M, N, K,
+        TURNED=turned, LIVE_BIAS=live_columns and live is not None, LIVE_DEPTH=direct and live is not None, WIDTH=width,
+        EPILOGUE=epilogue, ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, GROUP=8,
         num_warps=8 if epilogue == "gelu gradient" else 4, num_stages=3)  # the gradient holds two tiles
     return c
 

@@ -1,4 +1,5 @@
 """short_attention in Triton, CUDA C++ and C++."""
+import contextlib
 from unittest import mock
 
 import pytest
@@ -20,15 +21,20 @@ BACKWARD = [(16, 64, 128, 64), (64, 0, 64, 64), (16, 0, 64, 32), (64, 32, 64, 64
 
 
 def triton(tensors, case):
-    """`run` of the kernels with the tiles of the case, or the default ones (None)."""
-    if case["tiles"] is None:
-        return run("triton", tensors, case)
+    """`run` of the kernels with the tiles of the case, or the default ones (None). Interpreted as Hopper's and as others'; on a card as
+    one of a single multiprocessor, whose programs ask for the rows of the next but one."""
     from vitprune.kernels import short_attention, short_attention_backward
-    forward = dict(zip(("queries", "spans", "keys"), FORWARD[case["tiles"]])) | {"num_warps": 4, "num_stages": 1}
-    backward = dict(zip(("queries", "keys", "k_queries", "k_keys"), BACKWARD[case["tiles"]])) | {
-        "num_warps": 4, "num_stages": 1, "k_warps": 4, "k_stages": 1}
-    with (mock.patch.object(short_attention, "default", return_value=forward),
-          mock.patch.object(short_attention_backward, "default", return_value=backward)):
+    with contextlib.ExitStack() as stack:
+        if INTERPRETED:
+            stack.enter_context(mock.patch.object(short_attention.configs, "capability", return_value=(80, 90)[case.get("seed", 1) % 2]))
+        else:
+            stack.enter_context(mock.patch.object(short_attention, "processors", return_value=1))
+        if case["tiles"] is not None:
+            forward = dict(zip(("queries", "spans", "keys"), FORWARD[case["tiles"]])) | {"num_warps": 4, "num_stages": 1}
+            backward = dict(zip(("queries", "keys", "k_queries", "k_keys"), BACKWARD[case["tiles"]])) | {
+                "num_warps": 4, "num_stages": 1, "k_warps": 4, "k_stages": 1}
+            stack.enter_context(mock.patch.object(short_attention, "default", return_value=forward))
+            stack.enter_context(mock.patch.object(short_attention_backward, "default", return_value=backward))
         return run("triton", tensors, case)
 
 

@@ -133,8 +133,8 @@ def test_cuda(name, device, count):
 def test_many_rows(device, live, dtype, monkeypatch):
     """What TILES have of it by chance: tensor descriptors in every product that can take them; tiles that end past every edge."""
     from vitprune.kernels import sliced_product_large as large
-    made, describe = [], large.TensorDescriptor
-    monkeypatch.setattr(large, "TensorDescriptor", lambda *args: made.append(args) or describe(*args))
+    made, describe = [], large.TensorDescriptor.from_tensor
+    monkeypatch.setattr(large.TensorDescriptor, "from_tensor", lambda *args: made.append(args) or describe(*args))
     rng = np.random.default_rng(1)
     x, w1, b1, w2, b2, residual, up = (torch.from_numpy(rng.standard_normal(shape) * scale).to(device, dtype) for shape, scale in (
         ((2, 75, 200), 1), ((320, 200), 200 ** -0.5), (320, 1), ((200, 320), 320 ** -0.5), (200, 1), ((2, 75, 200), 1), ((2, 75, 200), 1)))

@@ -175,11 +175,12 @@ def _cuda_graph(model: nn.Module, images: Tensor) -> Engine:
             out = model(static)
 
     @torch.inference_mode()
-    def run(x: Tensor, read: nn.Module = model) -> Tensor:  # the graph keeps addresses of weights, not the weights
+    def run(x: Tensor) -> Tensor:
         with torch.cuda.device(static.device):  # replay goes to the current stream of the current device
             static.copy_(x)
             graph.replay()
             return out.clone()
+    run.model = model  # the graph keeps addresses of weights, not the weights
     return run
 
 
