@@ -149,7 +149,8 @@ def default(dtype: torch.dtype, arch: int, *, B: int = 128, H: int = 6, N: int =
     one &= tall or not narrow  # elsewhere every warp would hold all keys of narrow heads
     return {"queries": 32 if one and not tall else 64, "keys": 0 if one else 32,
             "num_warps": 4 if D <= 64 and (tall or not one or N <= 128) else 8, "num_stages": 2,
-            "k_queries": 64 if (narrow and arch < 120) or (large and D <= 64) else 32, "k_keys": 64, "k_warps": 4 if D <= 64 else 8, "k_stages": 2}
+            "k_queries": 64 if (narrow and arch < 120) or (large and D <= 64) else 32, "k_keys": 64,
+            "k_warps": 4 if D <= 64 else 8, "k_stages": 2}
 
 
 def candidates(dtype: torch.dtype, arch: int, **shape) -> list[dict]:
