@@ -1,6 +1,6 @@
-"""The products of sliced_linear and sliced_mlp where there are many rows: the live blocks of a factor are copied side by side, which costs
-a twentieth of the product and less, and then every product with nothing to add to it is the library's, which no kernel here beats; the
-others run on tiles that the card itself copies (Hopper's tensor memory accelerator)."""
+"""The products of sliced_linear and sliced_mlp where there are many rows: the live blocks of a factor are copied side by side, 4 to 6 us on
+an H200 (a product of 25,216 rows takes 100 for DeiT-B), and then every product with nothing to add to it is the library's, which no kernel
+here beats; the others run on tiles that the card itself copies (Hopper's tensor memory accelerator)."""
 import torch
 import triton
 import triton.language as tl
@@ -95,7 +95,7 @@ def described(*tensors: Tensor) -> bool:
 
 
 def column_sums(t: Tensor) -> Tensor:
-    """t [M, N] -> [N]; where it is large twice as fast as PyTorch's, and always in the same order."""
+    """t [M, N] -> [N], in a fixed order; if large 1.2 to 1.5 times as fast as PyTorch's on an H200, before its loop was pipelined."""
     M, N = t.shape
     if t.dtype == torch.float32 or M * N < 1 << 20 or t.stride(1) != 1:
         return t.sum(0)
