@@ -40,14 +40,20 @@ class State(NamedTuple):
     """A batch on its way through the blocks."""
     x: Tensor | None                    # [B, P+n, C], or packed rows [R, C] with `mask`; None while blocks run
     policy: Tensor | None = None        # [B, P+N] training: keys to attend
-    kept: Tensor | None = None          # [B, n] ids of the patches that are left; None: all
     mask: Tensor | None = None          # bool [B, P+N] adaptive counts: tokens that are left
     cu_seqlens: Tensor | None = None    # int32 [B+1] adaptive counts
     decisions: tuple[Tensor, ...] = ()
-    stages: tuple[Tensor, ...] = ()     # ids kept after each stage, on the original grid
+    stages: tuple[Tensor, ...] = ()     # a stage: ids [B, K] that it keeps of those before it; adaptive counts: bool [B, N]
     num_patches: int = 0                # of this batch's images
     split: Split | None = None          # training, sparse_backward: x is the kept rows [L, C]
     dropped: Tensor | None = None       # the others [M, C]
+
+    def on_grid(self) -> list[Tensor]:
+        """`stages` with ids on the original grid. Not as they come: in a small call each gather is a hundredth of the time."""
+        found: list[Tensor] = []
+        for ids in self.stages:
+            found.append(ids if not found or ids.dtype == torch.bool else found[-1].gather(1, ids))
+        return found
 
     def whole(self) -> "State":
         """With all tokens in x."""

@@ -131,8 +131,7 @@ class _Pruned:
             else:
                 scores = torch.rand(x.shape[0], x.shape[1] - P, device=x.device)
             x, ids = ops.select_tokens(x, scores, k, prefix=P)
-        kept = ids if state.kept is None else state.kept.gather(1, ids)
-        return state._replace(x=x, kept=kept, stages=(*state.stages, kept))
+        return state._replace(x=x, stages=(*state.stages, ids))
 
     def _prune_adaptively(self, state: State, stage: int) -> State:
         """Keep what exceeds the threshold, image by image, as packed rows (the count differs between images)."""
@@ -195,8 +194,8 @@ class _Pruned:
         if not details:
             return logits
         keep = None if policy is None else policy[:, P:].detach().to(state.x.dtype)
-        if state.kept is not None:
-            keep = state.x.new_zeros(x.shape[0], state.num_patches).scatter(1, state.kept, 1.0)
+        if state.stages and state.mask is None:
+            keep = state.x.new_zeros(x.shape[0], state.num_patches).scatter(1, state.on_grid()[-1], 1.0)
         return PrunedOutput(logits, state.x[:, P:], keep, state.decisions)
 
     def _weigh(self, x: Tensor, policy: Tensor) -> Tensor:
@@ -214,12 +213,12 @@ class _Pruned:
         adaptive counts padded by -1. Evaluation only: raises RuntimeError in training mode."""
         if self.training:
             raise RuntimeError("trace_tokens: the model must be in evaluation mode (call model.eval()), it is in training mode")
-        stages = self._stream(images).stages
+        stages = self._stream(images).on_grid()
         if stages and stages[0].dtype == torch.bool:
             widths = [int(s.sum(1).max()) if len(s) else 0 for s in stages]
             order = [(~s).to(torch.uint8).sort(dim=1, stable=True).indices for s in stages]
             return [torch.where(s.gather(1, o), o, -1)[:, :w] for s, o, w in zip(stages, order, widths)]
-        return list(stages)
+        return stages
 
     # --- the rest of timm's interface --------------------------------------------------------------------------------
 
