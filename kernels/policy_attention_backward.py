@@ -160,7 +160,8 @@ def query_gradient_kernel(
                 highest = tl.max(s, 1)
                 chosen = tl.where(highest > best, start + tl.argmax(s, 1), chosen)
                 best = tl.maximum(best, highest)
-                slope += tl.sum(da * (mean[:, None] - weight), 1)
+                # rounded before they are summed: a lane that multiplies into the sum rounds its own product less than its neighbours'
+                slope += tl.sum(tl.fma(da, mean[:, None] - weight, tl.zeros_like(da)), 1)
             slope = tl.where(much, eps * inverse * inverse * slope, 0.0)
             chosen = tl.where(much, chosen, -1)
             top_key = rows_of(k, b, h, tl.where(much, chosen, N), N, k_batch, k_head, k_row, k_channel, D, WIDTH)
