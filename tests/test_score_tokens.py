@@ -1,13 +1,19 @@
-"""score_tokens: the predictor of the golden files, with less to multiply."""
+"""score_tokens: the predictor of the golden files, with less to multiply; and its kernel."""
 import copy
 
+import numpy as np
 import pytest
 import torch
-from oracles import within_twice
+from hypothesis import strategies as st
+from kernel_checks import ARCHS, INTERPRETED, SHARED, compile_launch, counts, explore, kernels, layout, record, tiled
+from oracles import check_operator, within_twice
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune import ops
+from vitprune.ops.linear import weight_and_bias
 from vitprune.tokens import TokenPredictor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def case(B, N, C, masked, seed=0):
@@ -40,6 +46,103 @@ def test_odds_are_those_of_the_predictor(B, N, C, masked):
             got = ops.score_tokens(small, same, mask)
             assert got.dtype == dtype
             within_twice(got, plain, rounded[..., 0] - rounded[..., 1])
+
+
+TILES = ({}, {"rows": 16}, {"rows": 64, "columns": 16}, {"columns": 64, "depth": 16}, {"depth": 32, "score_rows": 64})
+
+
+@st.composite
+def cases(draw, real: bool):
+    B, N, C = (draw(st.integers(1, 2)), draw(st.integers(64, 260)), draw(st.sampled_from((192, 384)))) if real else (
+        draw(st.integers(1, 3)), draw(st.integers(1, 70)), draw(st.sampled_from((4, 12, 20, 64, 96))))
+    return {"B": B, "N": N, "C": C, "dtype": draw(st.sampled_from(DTYPES)), "masked": draw(st.booleans()), "bias": draw(st.booleans()),
+            "tile": draw(st.sampled_from(TILES)), "seed": draw(st.integers(0, 2 ** 31))}
+
+
+def layers(predictor):
+    """The arguments between patches and mask of the registered operator."""
+    norm, first, _ = predictor.in_conv
+    return [*weight_and_bias(norm), norm.eps, *(t for i in (first, *predictor.out_conv[::2][:3]) for t in weight_and_bias(i))]
+
+
+def check(c, name, device):
+    x, predictor, mask = case(c["B"], c["N"], c["C"], c["masked"], c["seed"])
+    x = 10 * x + 3 if c["seed"] % 2 else x
+    same = predictor.to(c["dtype"]).to(device)
+    if not c["bias"]:
+        for layer in (*same.in_conv, *same.out_conv):
+            layer.bias = None
+    x, mask = layout(x.to(c["dtype"]).to(device), np.random.default_rng(c["seed"])), mask if mask is None else mask.to(device)
+    mask = mask if mask is None or c["seed"] % 3 else mask.t().contiguous().t()
+    found = {}
+    with torch.no_grad():
+        for which in (name, "reference"):
+            with ops.backend(which), tiled("score_tokens", c["tile"]):
+                found[which] = ops.score_tokens(x, same, mask)
+        truth = copy.deepcopy(same).double()(x.double(), mask)
+    assert found[name].dtype == x.dtype and found[name].is_contiguous()
+    within_twice(found[name], found["reference"], truth[..., 0] - truth[..., 1])
+
+
+def describe(c):
+    return [str(c["dtype"]), f"C={c['C']}", *(key for key in ("masked", "bias") if c[key])] + ["real"] * (c["N"] > 70)
+
+
+@pytest.mark.parametrize("count", counts(200, 10_000))
+@pytest.mark.parametrize("name, device", kernels("triton"))
+def test_kernel(name, device, count, poison):
+    explore(lambda c: check(c, name, device), cases(False), cases(True), count, describe)
+
+
+@pytest.mark.parametrize("name, device", kernels("triton"))
+def test_kernel_serves_inference_alone(name, device):
+    """Where gradients or autocast are on, hooks watch, or parts have been replaced, the plain form serves though the kernel is forced."""
+    x, predictor, _ = case(2, 5, 16, False)
+    x, predictor = x.float().to(device), predictor.float().to(device)
+    plain = ops.score_tokens(x, predictor)
+    seen = []
+    with ops.backend(name):
+        assert ops.score_tokens(x, predictor).requires_grad
+        with torch.no_grad():
+            torch.testing.assert_close(ops.score_tokens(x, predictor), plain)
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                torch.testing.assert_close(ops.score_tokens(x, predictor).float(), plain, rtol=0.1, atol=0.1)
+            handle = predictor.out_conv[4].register_forward_hook(lambda *_: seen.append(1))
+            torch.testing.assert_close(ops.score_tokens(x, predictor), plain)
+            handle.remove()
+            assert seen == [1]
+            predictor.out_conv[1] = torch.nn.ReLU()
+            expected = predictor(x)
+            torch.testing.assert_close(ops.score_tokens(x, predictor), expected[..., 0] - expected[..., 1])
+            with pytest.raises(RuntimeError, match="score_tokens: backend 'triton' cannot run here: no kernel for torch.float64"):
+                ops.score_tokens(x.double(), TokenPredictor(16).double().to(device))
+
+
+@pytest.mark.parametrize("name, device", kernels("triton"))
+def test_kernel_registered_and_deterministic(name, device):
+    x, predictor, mask = case(3, 40, 64, True)
+    predictor = predictor.float().to(device)
+    args = [x.float().to(device), *(t.detach() if isinstance(t, torch.Tensor) else t for t in layers(predictor)), mask.to(device), name]
+    check_operator(torch.ops.vitprune.score_tokens.default, args)
+    first = torch.ops.vitprune.score_tokens(*args)
+    assert all(torch.equal(torch.ops.vitprune.score_tokens(*args), first) for _ in range(20))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the compiler is off under the interpreter")
+@pytest.mark.parametrize("arch", [a if a in (75, 80, 90, 120) else pytest.param(a, marks=pytest.mark.long) for a in ARCHS])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, C", [(1, 192), (1, 384), (128, 384), (32, 768)])
+def test_kernel_compiles(B, C, dtype, arch, monkeypatch):
+    pytest.importorskip("triton")
+    from vitprune.kernels import score_tokens as kernel
+    monkeypatch.setattr(kernel.configs, "capability", lambda device: arch)
+    with torch.device("meta"):
+        x, args = torch.empty(B, 197, C, dtype=dtype)[:, 1:], layers(TokenPredictor(C).to(dtype))
+        for launch in record(monkeypatch, kernel, lambda: kernel.launch(x, *args, None)):
+            built = compile_launch(*launch, arch)
+            assert built["spills"] == 0 and built["shared"] <= SHARED[arch]
+            if dtype != torch.float32 and arch >= 80:
+                assert "mma" in built["ptx"]
 
 
 def test_gradients_are_those_of_the_predictor():

@@ -109,6 +109,13 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
     return _choose(op, device, dtype, tuple(facts.items()), forced)
 
 
+@torch.compiler.assume_constant_result
+def plain_form(op: str, name: str) -> str:
+    """What serves where no kernel can: the composite backend of that name, or another one that is forced."""
+    forced, entries = _local.forced, TABLES[op]
+    return forced if forced in entries and entries[forced].composite else name
+
+
 @functools.lru_cache(maxsize=1024)
 def _choose(op: str, device: torch.device, dtype: torch.dtype, facts: tuple, forced: str | None) -> str:
     entries, measured, facts = TABLES[op], dispatch.of(device), dict(facts)

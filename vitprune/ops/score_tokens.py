@@ -1,13 +1,15 @@
 """DynamicViT's token predictor in inference: how likely each patch is to be kept."""
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checks import fail, on_device
 from .layer_norm import by_module
 from .linear import linear, weight_and_bias
-from .registry import Backend, call, choose, serve
+from .registry import Backend, autocasts, call, choose, define, find, large, plain_form, serve
 
 OP = "score_tokens"
+KINDS = [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.LogSoftmax]
 
 
 def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = None) -> Tensor:
@@ -16,12 +18,31 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
     patches [B, N, C]; predictor: a `TokenPredictor` of width C; mask bool [B, N]: patches that the image still has (None:
     all; scores of the others mean nothing). Returns [B, N]. Raises ValueError for shapes or devices that do not fit together.
     """
-    first, shape, device = _layers(predictor, "in_conv")[1], patches.shape, patches.device
-    C = first.in_features
+    layers, shape, device = _layers(predictor, "in_conv") + _layers(predictor, "out_conv"), patches.shape, patches.device
+    norm, first, C = layers[0], layers[1], layers[1].in_features
     (len(shape) == 3 and shape[-1] == C) or fail(OP, "patches", f"[B, N, {C}]", shape)
     mask is None or mask.shape == shape[:2] or fail(OP, "mask", f"[B, N] = {tuple(shape[:2])}", mask if mask is None else mask.shape)
     on_device(OP, "patches", device, mask=mask, predictor=weight_and_bias(first)[0])
-    return call(OP, choose(OP, device, patches.dtype), patches, predictor, mask)
+    plain = _plain(layers, patches.dtype)
+    if not plain or torch.is_grad_enabled() or autocasts(device):  # no reason to fail where a kernel is forced for the other operators
+        name = plain_form(OP, "split" if plain else "reference")
+    else:
+        name = choose(OP, device, patches.dtype, large=large(shape[0] * shape[1]))
+    if find(OP, name).composite:
+        return call(OP, name, patches, predictor, mask)
+    return call(OP, name, patches, *weight_and_bias(norm), norm.eps,
+                *(t for layer in layers if type(layer) is nn.Linear for t in weight_and_bias(layer)), mask)
+
+
+def _plain(layers: list[nn.Module], dtype: torch.dtype) -> bool:
+    """Whether weights are all that tells these layers from those of any predictor, nobody watches them, and they are of that dtype."""
+    if [type(layer) for layer in layers] != KINDS or layers[0].weight is None:
+        return False
+    for layer in layers:
+        hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+        if hooks or "forward" in layer.__dict__:
+            return False
+    return all(t is None or t.dtype == dtype for layer in layers if layer._parameters for t in weight_and_bias(layer))
 
 
 def _layers(predictor: nn.Module, name: str) -> list[nn.Module]:
@@ -53,4 +74,32 @@ def split(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Tensor:
     return keep - drop
 
 
-serve(OP, Backend("split", split, composite=True), Backend("reference", reference, composite=True))
+def _shape_of(patches: Tensor, *_) -> Tensor:
+    return patches.new_empty(patches.shape[:2])
+
+
+def _macs(patches, norm_weight, norm_bias, eps, w1, *_) -> int:
+    B, N, C = patches
+    return B * (N * (C * C + C * C // 4 + C * C // 8 + C // 2) + C * C // 4)
+
+
+define(OP, "(Tensor patches, Tensor norm_weight, Tensor? norm_bias, float eps, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor w3, "
+       "Tensor? b3, Tensor w4, Tensor? b4, Tensor? mask, str backend) -> Tensor",
+       lambda *args: find(OP, args[-1]).run(*args[:-1]), _shape_of, macs=_macs)
+
+
+def _triton(*args):  # Triton is slow to import: only when it is asked for
+    from ..kernels import score_tokens as triton
+    return triton.launch(*args)
+
+
+def _triton_refuses(device, dtype, **facts) -> str | None:
+    from .. import kernels
+    if reason := kernels.reason(device):
+        return reason
+    from ..kernels import score_tokens as triton
+    return triton.refuses(device, dtype, **facts)
+
+
+serve(OP, Backend("split", split, composite=True), Backend("reference", reference, composite=True),
+      Backend("triton", _triton, refuses=_triton_refuses))
