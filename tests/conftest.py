@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,14 @@ def _untuned(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VITPRUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    """torch.compile knows functions by their code: a test with another parameter would get the graph that was traced for the first."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=INTERPRETED, scope="session")

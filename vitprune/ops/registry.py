@@ -149,9 +149,15 @@ def transformed() -> bool:
 def large(rows: int) -> bool:
     """Whether so many rows of tokens make a call large: the size that backends are chosen by. A branch on the number, not the
     number, so that a graph with dynamic sizes has a constant to choose by; an exported one takes any size and chooses nothing."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return False
     return True if rows >= LARGE else False
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 takes its own function for true in all that it compiles
+def exporting() -> bool:
+    """Whether torch.export traces this."""
+    return torch.compiler.is_exporting()
 
 
 def order(op: str, device: torch.device, dtype: torch.dtype, **facts) -> list[Backend]:

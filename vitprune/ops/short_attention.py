@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..native import short_attention as native
 from .checks import fail, is_int, is_number, on_device, values
-from .registry import Backend, call, choose, define, find, gradient, interpreted, large, run, serve
+from .registry import Backend, call, choose, define, exporting, find, gradient, interpreted, large, run, serve
 
 OP = "short_attention"
 SMALL = 120_000  # scores: measured on a CPU
@@ -51,7 +51,7 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
 
 def _small(B: int, N: int, num_heads: int) -> bool:
     """Whether there are so few scores that calling PyTorch several times costs more than what its bfloat16 products save."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return False
     return True if B * num_heads * N * N <= SMALL else False
 
