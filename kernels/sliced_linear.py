@@ -16,9 +16,10 @@ __all__ = ["candidates", "default", "launch", "launch_backward", "refuses"]
 
 
 def configured(op: str, x: Tensor, w: Tensor, live: Tensor | None, width: int) -> dict:
-    """The launch configuration of that operator for x [..., C]."""
+    """The launch configuration of that operator for x [..., C]; what was tuned was so beside live units, whose weights are gathered."""
     arch, shape = configs.capability(x.device), (("M", x.shape[:-1].numel()), ("C", w.shape[1]), ("L", units(w.shape[0], live, width)))
-    return configs.nearest(op, arch, x.dtype, shape) or default(x.dtype, arch, **dict(shape))
+    tuned = None if live is None else configs.nearest(op, arch, x.dtype, shape)
+    return tuned or default(x.dtype, arch, **dict(shape))
 
 
 def launch(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, side: str, width: int, config: dict | None = None) -> Tensor:

@@ -15,11 +15,35 @@ def short_attention(dtype, config, B, H, N, D):
     return [("short_attention", lambda kernel: kernel.launch(qkv, H, None, N, 0.125, config))]
 
 
+def short_attention_backward(dtype, config, B, H, N, D):
+    qkv, dout = torch.empty(B, N, 3 * H * D, dtype=dtype), torch.empty(B, N, H * D, dtype=dtype)
+    return [("short_attention_backward", lambda kernel: kernel.launch(dout, qkv, H, None, N, 0.125, config))]
+
+
 def policy_attention(dtype, config, B, H, N, D):
     q, m = torch.empty(B, N, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4)[0], torch.empty(B, H, N)
     policy = torch.empty(B, N, dtype=dtype)
     return [("policy_attention", lambda kernel: kernel.launch(q, q, q, policy, 0.125, 1e-6, config)),
             ("policy_attention_backward", lambda kernel: kernel.launch(q, q, q, q, policy, q, m, m, 0.125, 1e-6, config))]
+
+
+def score_tokens(dtype, config, B, N, C):
+    shapes = (B, N, C), (C,), (C, C), (C // 2, C), (C // 4, C // 2), (2, C // 4)
+    x, w, w1, w2, w3, w4 = (torch.empty(*shape, dtype=dtype) for shape in shapes)
+    return [("score_tokens", lambda kernel: kernel.launch(x, w, w, 1e-5, w1, w, w2, w[::2], w3, w[::4], w4, w[:2], None, config))]
+
+
+def sliced_mlp(dtype, config, M, C, L):
+    x, w, live = torch.empty(1, M, C, dtype=dtype), torch.empty(4 * C, C, dtype=dtype), torch.empty(L // 64, dtype=torch.int32)
+    return [("sliced_mlp", lambda kernel: kernel.launch(x, w, w[:, 0], w.t(), w[0], live, x, 64, config)),
+            ("sliced_mlp", lambda kernel: kernel.launch_backward(x, x, w, w[:, 0], w.t(), live, 64, True, True, config))]
+
+
+def sliced_linear(dtype, config, M, C, L):
+    x, dy, w = torch.empty(1, M, C, dtype=dtype), torch.empty(1, M, L, dtype=dtype), torch.empty(3 * C, C, dtype=dtype)
+    live = torch.empty(L // 64, dtype=torch.int32)
+    return [("sliced_linear", lambda kernel: kernel.launch(x, w, w[:, 0], live, "out", 64, config)),
+            ("sliced_linear", lambda kernel: kernel.launch_backward(dy, x, w, live, "out", 64, True, True, config))]
 
 
 def shipped() -> list:
@@ -31,7 +55,9 @@ def shipped() -> list:
         for op, kinds in data["configs"].items():
             for kind, rows in kinds.items():
                 for row in rows:
-                    key = 10 * major + minor, op, kind, row["shape"]["N"], json.dumps(row["config"])
+                    width = row["shape"].get("C", row["shape"].get("N"))  # what a kernel is compiled for
+                    width = f"{width}-{row['shape']['M'] >= row['config']['large_rows']}" if "M" in row["shape"] else width
+                    key = 10 * major + minor, op, kind, width, json.dumps(row["config"])
                     found.setdefault(key, pytest.param(*key[:3], row["shape"], row["config"], id="-".join(map(str, key[:4])),
                                                        marks=[pytest.mark.long] if op in operators else []))
                     operators.add(op)
@@ -42,14 +68,16 @@ def shipped() -> list:
 @pytest.mark.parametrize("arch, op, kind, shape, config", shipped())
 def test_compiles(arch, op, kind, shape, config, monkeypatch):
     pytest.importorskip("triton")
-    from vitprune.kernels import configs
+    from vitprune.kernels import configs, sliced_product, sliced_product_large
     monkeypatch.setattr(configs, "capability", lambda device: arch)
     with torch.device("meta"):
         calls = globals()[op](getattr(torch, kind), config, **shape)
         for module, call in calls:
             kernel = importlib.import_module(f"vitprune.kernels.{module}")
             monkeypatch.setattr(kernel, "processors", lambda index: 132, raising=False)
-            for launch in record(monkeypatch, kernel, lambda: call(kernel)):  # noqa: B023
+            modules = (sliced_product, sliced_product_large) if "sliced" in module else kernel
+            for launch in record(monkeypatch, modules, lambda: call(kernel)):  # noqa: B023
                 built = compile_launch(*launch, arch)
                 assert built["spills"] == 0 and built["shared"] <= SHARED[arch]
-                assert arch < 80 or "mma" in built["ptx"]
+                multiplies = "attention" in op or op == "score_tokens" or launch[0].__name__ in ("product_kernel", "descriptor_kernel")
+                assert arch < 80 or not multiplies or "mma" in built["ptx"]
