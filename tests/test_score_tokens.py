@@ -183,6 +183,24 @@ def test_the_last_layer_is_called_as_a_module():
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("part, i, other", [("out_conv", 1, torch.nn.ReLU()), ("in_conv", 2, torch.nn.GELU("tanh")),
+                                            ("in_conv", 0, torch.nn.LayerNorm(32, elementwise_affine=False).double())])
+def test_parts_that_are_replaced_are_called(part, i, other):
+    x, predictor, mask = case(2, 16, 32, True)
+    getattr(predictor, part)[i] = other
+    with torch.no_grad():
+        torch.testing.assert_close(ops.score_tokens(x, predictor, mask), predictor(x, mask)[..., 0].exp().logit(), rtol=1e-9, atol=1e-9)
+
+
+def test_parts_that_are_watched_are_called():
+    x, predictor, _ = case(2, 16, 32, False)
+    seen = []
+    predictor.in_conv[1].register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        ops.score_tokens(x, predictor)
+    assert seen == [1]
+
+
 def test_bad_input():
     x, predictor, _ = case(2, 5, 16, False)
     with pytest.raises(ValueError, match=r"score_tokens: patches must be \[B, N, 16\], got \(2, 5, 15\)"):

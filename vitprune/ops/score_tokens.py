@@ -39,6 +39,8 @@ def _plain(layers: list[nn.Module], dtype: torch.dtype) -> bool:
     if [type(layer) for layer in layers] != KINDS or layers[0].weight is None:
         return False
     for layer in layers:
+        if type(layer) is nn.GELU and layer.approximate != "none":
+            return False
         hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
         if hooks or "forward" in layer.__dict__:
             return False
