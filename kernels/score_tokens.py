@@ -128,7 +128,7 @@ def default(dtype: torch.dtype, arch: int, *, B: int = 1, N: int = 196, C: int =
     """Tiles of patches and of columns, and the depth of each step; score_rows: patches of a tile of the last product, whose columns are
     worked on `columns` at a time."""
     if dtype == torch.float32 or arch < 80:
-        return {"rows": 32, "columns": 32, "depth": 16, "score_rows": 32, "num_warps": 4, "num_stages": 2}
+        return {"rows": 32, "columns": 32, "depth": 16, "score_rows": 32, "num_warps": 4, "num_stages": 3}
     many = B * ceil_div(N, 64) * ceil_div(C, 64) >= 512  # enough to fill a card with larger tiles
     rows, columns = (64, 64) if many else (32, 32)
     return {"rows": rows, "columns": columns, "depth": 64, "score_rows": 64 if many else 16, "num_warps": 4, "num_stages": 3}

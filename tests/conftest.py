@@ -38,7 +38,8 @@ def _untuned(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _nothing_compiled():
-    """torch.compile knows functions by their code: a test with another parameter would get the graph that was traced for the first."""
+    """A graph keeps the backend it was traced with, and torch.compile knows functions by their code: a test of another backend would get
+    that graph."""
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()

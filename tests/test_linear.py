@@ -89,3 +89,13 @@ def test_hook_on_the_mlp_sees_its_output_alone():
         (args, out), = seen
         assert len(args) == 1 and torch.allclose(block.mlp(args[0]), out)
     assert torch.allclose(fused, watched, atol=1e-6)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_tangents_reach_through_frozen_weights(gelu):
+    x, tangent = torch.randn(3, 16), torch.randn(3, 16)
+    plain = nn.Sequential(nn.Linear(16, 8), nn.GELU() if gelu else nn.Identity()).requires_grad_(False)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(torch.func.jvp(lambda x: ops.linear(x, *plain[0].parameters(), gelu=gelu), (x,), (tangent,))[1],
+                                       torch.func.jvp(plain, (x,), (tangent,))[1])

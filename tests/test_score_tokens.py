@@ -1,5 +1,6 @@
 """score_tokens: the predictor of the golden files, with less to multiply; and its kernel."""
 import copy
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from oracles import check_operator, within_twice
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitprune import ops
+from vitprune.ops import registry
 from vitprune.ops.linear import weight_and_bias
 from vitprune.tokens import TokenPredictor
 
@@ -77,8 +79,9 @@ def check(c, name, device):
     found = {}
     with torch.no_grad():
         for which in (name, "reference"):
-            with ops.backend(which), tiled("score_tokens", c["tile"]):
+            with ops.backend(which), tiled("score_tokens", c["tile"]), mock.patch.object(registry, "run", wraps=registry.run) as ran:
                 found[which] = ops.score_tokens(x, same, mask)
+            assert ran.called == (which == name)
         truth = copy.deepcopy(same).double()(x.double(), mask)
     assert found[name].dtype == x.dtype and found[name].is_contiguous()
     within_twice(found[name], found["reference"], truth[..., 0] - truth[..., 1])
@@ -98,15 +101,19 @@ def test_kernel(name, device, count, poison):
 def test_kernel_serves_inference_alone(name, device):
     """Where gradients or autocast are on, hooks watch, or parts have been replaced, the plain form serves though the kernel is forced."""
     x, predictor, _ = case(2, 5, 16, False)
-    x, predictor = x.float().to(device), predictor.float().to(device)
+    x, predictor, kind = x.float().to(device), predictor.float().to(device), torch.device(device).type
     plain = ops.score_tokens(x, predictor)
+    with torch.no_grad(), torch.autocast(kind, torch.bfloat16):
+        cast = ops.score_tokens(x, predictor)
     seen = []
     with ops.backend(name):
         assert ops.score_tokens(x, predictor).requires_grad
         with torch.no_grad():
             torch.testing.assert_close(ops.score_tokens(x, predictor), plain)
-            with torch.autocast(torch.device(device).type, torch.bfloat16):
-                torch.testing.assert_close(ops.score_tokens(x, predictor).float(), plain, rtol=0.1, atol=0.1)
+            with torch.autocast(kind, torch.bfloat16):
+                torch.testing.assert_close(ops.score_tokens(x, predictor), cast, rtol=0, atol=0)
+            with pytest.raises(RuntimeError, match="dtype"):
+                ops.score_tokens(x, copy.deepcopy(predictor).half())
             handle = predictor.out_conv[4].register_forward_hook(lambda *_: seen.append(1))
             torch.testing.assert_close(ops.score_tokens(x, predictor), plain)
             handle.remove()
@@ -138,7 +145,9 @@ def test_kernel_compiles(B, C, dtype, arch, monkeypatch):
     monkeypatch.setattr(kernel.configs, "capability", lambda device: arch)
     with torch.device("meta"):
         x, args = torch.empty(B, 197, C, dtype=dtype)[:, 1:], layers(TokenPredictor(C).to(dtype))
-        for launch in record(monkeypatch, kernel, lambda: kernel.launch(x, *args, None)):
+        bare = [None if i in (1, 4, 6, 8, 10) else t for i, t in enumerate(args)]
+        kept = torch.empty(B, 196, dtype=torch.bool)
+        for launch in record(monkeypatch, kernel, lambda: [kernel.launch(x, *args, None), kernel.launch(x, *bare, kept)]):
             built = compile_launch(*launch, arch)
             assert built["spills"] == 0 and built["shared"] <= SHARED[arch]
             if dtype != torch.float32 and arch >= 80:
@@ -184,21 +193,40 @@ def test_the_last_layer_is_called_as_a_module():
 
 
 @pytest.mark.parametrize("part, i, other", [("out_conv", 1, torch.nn.ReLU()), ("in_conv", 2, torch.nn.GELU("tanh")),
-                                            ("in_conv", 0, torch.nn.LayerNorm(32, elementwise_affine=False).double())])
+                                            ("in_conv", 0, torch.nn.LayerNorm(32, elementwise_affine=False).double()),
+                                            ("out_conv", slice(2, 5), (7, 2))])
 def test_parts_that_are_replaced_are_called(part, i, other):
     x, predictor, mask = case(2, 16, 32, True)
-    getattr(predictor, part)[i] = other
+    if isinstance(i, slice):  # layers of another width
+        predictor.out_conv[2], predictor.out_conv[4] = torch.nn.Linear(16, 7).double(), torch.nn.Linear(*other).double()
+    else:
+        getattr(predictor, part)[i] = other
     with torch.no_grad():
         torch.testing.assert_close(ops.score_tokens(x, predictor, mask), predictor(x, mask)[..., 0].exp().logit(), rtol=1e-9, atol=1e-9)
 
 
-def test_parts_that_are_watched_are_called():
+@pytest.mark.parametrize("name", ["in_conv.1", "out_conv", ""])
+def test_parts_that_are_watched_or_wrapped_are_called(name):
     x, predictor, _ = case(2, 16, 32, False)
-    seen = []
-    predictor.in_conv[1].register_forward_hook(lambda *_: seen.append(1))
+    seen, part = [], predictor.get_submodule(name)
+    handle = part.register_forward_hook(lambda *_: seen.append(1))
     with torch.no_grad():
         ops.score_tokens(x, predictor)
-    assert seen == [1]
+        handle.remove()
+        forward = part.forward
+        part.forward = lambda *args: seen.append(2) or forward(*args)
+        ops.score_tokens(x, predictor)
+    assert seen == [1, 2]
+
+
+def test_forward_mode_reaches_through_frozen_weights():
+    x, predictor, _ = case(2, 9, 64, False)
+    x, predictor = x.float(), predictor.float().requires_grad_(False)
+    tangent = torch.randn_like(x)
+    of = lambda x: ops.score_tokens(x, predictor)  # noqa: E731
+    truth = torch.func.jvp(lambda x: predictor(x)[..., 0] - predictor(x)[..., 1], (x,), (tangent,))[1]
+    assert truth.abs().max() > 0
+    torch.testing.assert_close(torch.func.jvp(of, (x,), (tangent,))[1], truth)
 
 
 def test_bad_input():
@@ -207,3 +235,5 @@ def test_bad_input():
         ops.score_tokens(x[..., 1:], predictor)
     with pytest.raises(ValueError, match=r"score_tokens: mask must be \[B, N\] = \(2, 5\), got \(2, 4\)"):
         ops.score_tokens(x, predictor, torch.ones(2, 4, dtype=torch.bool))
+    with pytest.raises(ValueError, match="score_tokens: mask must be bool, got torch.float64"):
+        ops.score_tokens(x, predictor, torch.ones(2, 5, dtype=torch.float64))

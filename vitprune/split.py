@@ -49,7 +49,7 @@ class State(NamedTuple):
     dropped: Tensor | None = None       # the others [M, C]
 
     def on_grid(self) -> list[Tensor]:
-        """`stages` with ids on the original grid. Not as they come: in a small call each gather is a hundredth of the time."""
+        """`stages` with ids on the original grid, for whoever asks: logits need no gather."""
         found: list[Tensor] = []
         for ids in self.stages:
             found.append(ids if not found or ids.dtype == torch.bool else found[-1].gather(1, ids))

@@ -49,9 +49,11 @@ def pack(w: Tensor, rows: int) -> Tensor | None:
 def _onednn_serves(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16) or w.dtype != x.dtype:
         return False
-    if x.numel() == 0 or w.numel() == 0:
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+    if torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():  # it would drop the tangents
+        return False
+    if 0 in x.shape or 0 in w.shape:
         return False
     if not (torch.backends.mkldnn.enabled and _available() and (x.dtype == torch.float32 or _bfloat16())):
         return False

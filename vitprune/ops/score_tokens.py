@@ -16,14 +16,16 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
     """Log-odds of being kept, which order patches as the predictor's log-probabilities do.
 
     patches [B, N, C]; predictor: a `TokenPredictor` of width C; mask bool [B, N]: patches that the image still has (None:
-    all; scores of the others mean nothing). Returns [B, N]. Raises ValueError for shapes or devices that do not fit together.
+    all; scores of the others mean nothing). Returns [B, N]. Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     layers, shape, device = _layers(predictor, "in_conv") + _layers(predictor, "out_conv"), patches.shape, patches.device
     norm, first, C = layers[0], layers[1], layers[1].in_features
     (len(shape) == 3 and shape[-1] == C) or fail(OP, "patches", f"[B, N, {C}]", shape)
-    mask is None or mask.shape == shape[:2] or fail(OP, "mask", f"[B, N] = {tuple(shape[:2])}", mask if mask is None else mask.shape)
+    if mask is not None:
+        mask.shape == shape[:2] or fail(OP, "mask", f"[B, N] = {tuple(shape[:2])}", mask.shape)
+        mask.dtype == torch.bool or fail(OP, "mask", "bool", mask.dtype)
     on_device(OP, "patches", device, mask=mask, predictor=weight_and_bias(first)[0])
-    plain = _plain(layers, patches.dtype)
+    plain = _plain(predictor, layers, patches.dtype)
     if not plain or torch.is_grad_enabled() or autocasts(device):  # no reason to fail where a kernel is forced for the other operators
         name = plain_form(OP, "split" if plain else "reference")
     else:
@@ -34,17 +36,19 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
                 *(t for layer in layers if type(layer) is nn.Linear for t in weight_and_bias(layer)), mask)
 
 
-def _plain(layers: list[nn.Module], dtype: torch.dtype) -> bool:
-    """Whether weights are all that tells these layers from those of any predictor, nobody watches them, and they are of that dtype."""
-    if [type(layer) for layer in layers] != KINDS or layers[0].weight is None:
+def _plain(predictor: nn.Module, layers: list[nn.Module], dtype: torch.dtype) -> bool:
+    """Whether weights are all that tells this predictor from any other of its width and that dtype, and nobody watches it."""
+    if [type(layer) for layer in layers] != KINDS or any(layers[i].approximate != "none" for i in (2, 4, 6)):
         return False
-    for layer in layers:
-        if type(layer) is nn.GELU and layer.approximate != "none":
+    for module in (predictor, predictor.in_conv, predictor.out_conv, *layers):
+        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        if hooks or "forward" in module.__dict__:
             return False
-        hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-        if hooks or "forward" in layer.__dict__:
-            return False
-    return all(t is None or t.dtype == dtype for layer in layers if layer._parameters for t in weight_and_bias(layer))
+    C, weights = layers[1].in_features, [weight_and_bias(layers[i]) for i in (0, 1, 3, 5, 7)]
+    given = [t for both in weights for t in both if t is not None]
+    if weights[0][0] is None or any(t.dtype != dtype or type(t) not in (Tensor, nn.Parameter) for t in given):
+        return False
+    return [w.shape for w, _ in weights] == [(C,), (C, C), (C // 2, C), (C // 4, C // 2), (2, C // 4)]
 
 
 def _layers(predictor: nn.Module, name: str) -> list[nn.Module]:
