@@ -23,7 +23,7 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
             B, N, C = x.shape
             weights = C * C + C * C // 2 + C * C // 8 + C // 2
             row = {"B": B, "N": N, "C": C, "dtype": kind, "bytes": x.element_size() * (x.numel() + B * N + weights),
-                   "macs": B * (N * (C * C + C * C // 4 + C * C // 8 + C // 2) + C * C // 4), **columns, "unavailable": refused}
+                   "macs": registry.MACS["score_tokens"](x.shape), **columns, "unavailable": refused}
             yield row | share_of_limit(device, row)
 
 

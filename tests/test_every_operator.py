@@ -47,7 +47,6 @@ def test_one_recompilation_serves_every_size(case, name, device):
     function, first, _ = prepared(case, SMALL, device)
     weights = {"sliced_linear out": (1, 2, 3), "sliced_linear in": (1, 2, 3), "sliced_mlp": (1, 2, 3, 4, 5),
                "sliced_mlp dense": (1, 2, 3, 4)}.get(case, ())
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, backend=counter)
     sizes = [SMALL, *(Size(B, 1, 0.5, tokens=9 if "packed" in case else N) for B, N in ((3, 12), (5, 17), (4, 10)))]

@@ -133,7 +133,6 @@ def test_kernel_registered_and_deterministic(name, device, eps):
     op = torch.ops.vitprune.policy_attention.default
     torch.library.opcheck(op, (*(t.clone().requires_grad_() for t in tensors), 0.2, eps, name))
     first = run(name, tensors, up, eps)
-    torch._dynamo.reset()  # a graph keeps the backend of the parameter that it was traced for
     with backend(name):
         compiled = torch.compile(lambda *t: ops.policy_attention(*t, eps=eps), fullgraph=True, backend="aot_eager")
         leaves = [t.clone().requires_grad_() for t in tensors]

@@ -142,7 +142,6 @@ def test_masked_heads_and_units_learn_nothing(x):
                                   lambda m: compact(prune(m, tokens(), UNEVEN)), lambda m: prune(m, tokens(threshold=0.5))])
 @pytest.mark.parametrize("training", [False, True])
 def test_compile(make, training, x):
-    torch._dynamo.reset()
     model = make(vit()).train(training)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     if training:

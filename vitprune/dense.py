@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops.layer_norm import by_module
-from .ops.linear import weight_and_bias
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether a hook expects to see this module called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
+from .ops.linear import watched, weight_and_bias
 
 _DROPS = (nn.Dropout, nn.Identity, DropPath)
 _alive_only = contextvars.ContextVar("alive_only", default=False)

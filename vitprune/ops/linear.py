@@ -38,6 +38,11 @@ def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
         return layer.weight, layer.bias
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether a hook expects to see this module called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
 def pack(w: Tensor, rows: int) -> Tensor | None:
     """w [O, I] as oneDNN reads it where x has so many rows, a copy; None where it does not serve."""
     with torch.inference_mode():

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from .checks import fail, on_device
 from .layer_norm import by_module
-from .linear import linear, weight_and_bias
+from .linear import linear, watched, weight_and_bias
 from .registry import Backend, autocasts, call, choose, define, find, large, plain_form, serve
 
 OP = "score_tokens"
@@ -40,10 +40,8 @@ def _plain(predictor: nn.Module, layers: list[nn.Module], dtype: torch.dtype) ->
     """Whether weights are all that tells this predictor from any other of its width and that dtype, and nobody watches it."""
     if [type(layer) for layer in layers] != KINDS or any(layers[i].approximate != "none" for i in (2, 4, 6)):
         return False
-    for module in (predictor, predictor.in_conv, predictor.out_conv, *layers):
-        hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        if hooks or "forward" in module.__dict__:
-            return False
+    if any(watched(m) or "forward" in m.__dict__ for m in (predictor, predictor.in_conv, predictor.out_conv, *layers)):
+        return False
     C, weights = layers[1].in_features, [weight_and_bias(layers[i]) for i in (0, 1, 3, 5, 7)]
     given = [t for both in weights for t in both if t is not None]
     if weights[0][0] is None or any(t.dtype != dtype or type(t) not in (Tensor, nn.Parameter) for t in given):
@@ -84,7 +82,7 @@ def _shape_of(patches: Tensor, *_) -> Tensor:
     return patches.new_empty(patches.shape[:2])
 
 
-def _macs(patches, norm_weight, norm_bias, eps, w1, *_) -> int:
+def _macs(patches, *_) -> int:
     B, N, C = patches
     return B * (N * (C * C + C * C // 4 + C * C // 8 + C // 2) + C * C // 4)
 
