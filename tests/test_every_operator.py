@@ -104,6 +104,33 @@ def test_a_second_derivative_is_refused_by_name(watched):
             first.sum().backward()
 
 
+@pytest.mark.parametrize("name, device", [pytest.param("triton", *d.values, marks=d.marks) for d in DEVICES])
+@pytest.mark.parametrize("case", cases.CASES)
+def test_a_second_derivative_is_right_or_refused_by_name(case, name, device):
+    function, args, ups = prepared(case, SMALL, device)
+
+    def second():
+        leaves = [a.detach().requires_grad_(a.is_floating_point()) for a in args]
+        out = function(*leaves)
+        out = [o for o in (out if isinstance(out, tuple) else (out,)) if o.requires_grad]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        above = [up.detach().requires_grad_() for up in ups]
+        first = torch.autograd.grad(out, wanted, above, create_graph=True, allow_unused=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), [*wanted, *above], allow_unused=True)
+    with backend("reference"):
+        expected = second()
+    with forced(case, name, device, grad=True):
+        try:
+            got = second()
+        except RuntimeError as error:
+            if not str(error).startswith(f"{case.split()[0]}: kernels have no second derivative"):
+                raise
+            return
+    assert [g is None for g in got] == [e is None for e in expected]
+    for g, e in zip(got, expected):
+        torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-4)
+
+
 IN_CPP = ("select_tokens", "policy_attention", "short_attention", "short_attention packed")
 
 

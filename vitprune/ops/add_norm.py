@@ -8,6 +8,7 @@ from ..native import add_norm as native
 from ..native.add_norm import alike, outputs
 from .checks import fail, is_eps, on_device
 from .registry import Backend, call, choose, define, find, gradient, large, run, serve
+from .triton import kernel, triton
 
 OP = "add_norm"
 
@@ -51,8 +52,7 @@ def _backward(ds, dy, s, residual, weight, gamma, eps: float, backend: str) -> t
 
     Without gamma the residual need only have its dtype, and gamma's gradient is empty; so is the residual's where x's is the same."""
     if backend == "triton":
-        from ..kernels import add_norm as triton
-        return triton.launch_backward(ds, dy, s, residual, weight, gamma, eps)
+        return kernel(OP).launch_backward(ds, dy, s, residual, weight, gamma, eps)
     if backend == "cuda":
         return native.backward_cuda(ds, dy, s, residual, weight, gamma, eps)
     dtype = torch.promote_types(s.dtype, torch.float32)
@@ -98,19 +98,5 @@ define(OP + "_backward", "(Tensor ds, Tensor dy, Tensor s, Tensor residual, Tens
 gradient(OP, _gradient, _setup)
 
 
-def _triton(*args):  # Triton is slow to import: only when it is asked for
-    from ..kernels import add_norm as triton
-    return triton.launch(*args)
-
-
-def _triton_refuses(device, dtype, **facts) -> str | None:
-    from .. import kernels
-    if reason := kernels.reason(device):
-        return reason
-    from ..kernels import add_norm as triton
-    return triton.refuses(device, dtype, **facts)
-
-
 # Plain PyTorch is faster on an H200 in eager mode, where launches from Python count; in CUDA graphs dispatch files name Triton.
-serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses),
-      Backend("cuda", native.cuda, refuses=native.refuses))
+serve(OP, Backend("reference", reference, composite=True), triton(OP), Backend("cuda", native.cuda, refuses=native.refuses))

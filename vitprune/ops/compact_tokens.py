@@ -4,7 +4,8 @@ from torch import Tensor
 
 from ..native import compact_tokens as native
 from .checks import fail, is_int, is_number, on_device, values
-from .registry import Backend, call, choose, define, find, gradient, interpreted, large, run, serve
+from .registry import Backend, call, choose, define, find, gradient, large, run, serve
+from .triton import triton
 
 OP, INVERSE = "compact_tokens", "expand_rows"
 
@@ -115,27 +116,7 @@ gradient(OP, _gradient, _setup)
 gradient(INVERSE, _expand_gradient, _expand_setup)
 
 
-def _triton(*args):  # Triton is slow to import: only when it is asked for
-    from ..kernels import compact_tokens as triton
-    return triton.launch(*args)
-
-
-def _triton_expand(*args):
-    from ..kernels import compact_tokens as triton
-    return triton.launch_expand(*args)
-
-
-def _triton_refuses(device, dtype, **facts) -> str | None:
-    from .. import kernels
-    if reason := kernels.reason(device):
-        return reason
-    from ..kernels import compact_tokens as triton
-    return triton.refuses(device, dtype, **facts)
-
-
 # One launch instead of many: on an H200 1.9 to 2.8 and 1.2 to 1.6 times as fast as PyTorch's best on the GPU alone.
-serve(OP, Backend("cuda", native.cuda, refuses=native.refuses), Backend("triton", _triton, refuses=_triton_refuses, yields=interpreted),
-      Backend("reference", reference, composite=True))
+serve(OP, Backend("cuda", native.cuda, refuses=native.refuses), triton(OP), Backend("reference", reference, composite=True))
 serve(INVERSE, Backend("cuda", native.expand_cuda, refuses=native.refuses),
-      Backend("triton", _triton_expand, refuses=_triton_refuses, yields=interpreted),
-      Backend("reference", expand_reference, composite=True))
+      triton(OP, "launch_expand"), Backend("reference", expand_reference, composite=True))

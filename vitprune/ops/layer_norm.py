@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from .checks import fail, is_eps, on_device
 from .linear import weight_and_bias
 from .registry import Backend, autocasts, call, choose, define, find, large, serve
+from .triton import triton
 
 OP = "layer_norm"
 
@@ -53,18 +54,5 @@ define(OP, "(Tensor x, Tensor weight, Tensor? bias, float eps, str backend) -> T
        lambda x, weight, bias, eps, backend: x.new_empty(x.shape), macs=lambda *_: 0)
 
 
-def _triton(*args):  # Triton is slow to import: only when it is asked for
-    from ..kernels import layer_norm as triton
-    return triton.launch(*args)
-
-
-def _triton_refuses(device, dtype, **facts) -> str | None:
-    from .. import kernels
-    if reason := kernels.reason(device):
-        return reason
-    from ..kernels import layer_norm as triton
-    return triton.refuses(device, dtype, **facts)
-
-
 # As for add_norm: a launch from Python takes longer than it gains on an H200, in CUDA graphs it does not count.
-serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses))
+serve(OP, Backend("reference", reference, composite=True), triton(OP))

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..native import policy_attention as native
 from . import registry
 from .checks import fail, is_int, is_number, on_device
-from .registry import Backend, call, choose, define, find, gradient, interpreted, large, run, serve
+from .registry import Backend, call, choose, define, find, gradient, large, run, serve
+from .triton import kernel, triton
 
 OP = "policy_attention"
 
@@ -163,8 +164,7 @@ def _forward(q, k, v, policy, scale: float, eps: float, backend: str) -> tuple[T
 def _backward(dout, q, k, v, policy, out, m, z, scale: float, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     """Closed form: the gradients of q, k and v side by side, [B, N, 3, H, D], and that of the policy."""
     if backend == "triton":
-        from ..kernels import policy_attention_backward as triton
-        return triton.launch(dout, q, k, v, policy, out, m, z, scale, eps)
+        return kernel("policy_attention_backward").launch(dout, q, k, v, policy, out, m, z, scale, eps)
     if backend == "cpp":
         return native.backward_cpp(dout, q, k, v, policy, out, m, z, scale, eps)
     if backend == "cuda":
@@ -204,19 +204,6 @@ def _fake(q, k, v, policy, scale, eps, backend: str) -> tuple[Tensor, Tensor, Te
     return out, *(q.new_empty(q.shape[:3], dtype=_accumulator(q.dtype)) for _ in range(2))
 
 
-def _triton(*args):  # Triton is slow to import: only when it is asked for
-    from ..kernels import policy_attention as triton
-    return triton.launch(*args)
-
-
-def _triton_refuses(device, dtype, **facts) -> str | None:
-    from .. import kernels
-    if reason := kernels.reason(device):
-        return reason
-    from ..kernels import policy_attention as triton
-    return triton.refuses(device, dtype, **facts)
-
-
 def _macs(q, k, v, policy, *_) -> int:
     B, H, N, D = q
     return 2 * B * H * N * N * D
@@ -232,4 +219,4 @@ gradient(OP, _gradient, _setup)
 # On an H200 CUDA C++ is faster than Triton, and both than PyTorch compiled.
 serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
       Backend("cuda", native.cuda, refuses=native.refuses_cuda),
-      Backend("triton", _triton, refuses=_triton_refuses, yields=interpreted), Backend("reference", reference, composite=True))
+      triton(OP), Backend("reference", reference, composite=True))

@@ -7,6 +7,7 @@ from .checks import fail, on_device
 from .layer_norm import by_module
 from .linear import linear, watched, weight_and_bias
 from .registry import Backend, autocasts, call, choose, define, find, large, plain_form, serve
+from .triton import triton
 
 OP = "score_tokens"
 KINDS = [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.LogSoftmax]
@@ -92,18 +93,4 @@ define(OP, "(Tensor patches, Tensor norm_weight, Tensor? norm_bias, float eps, T
        lambda *args: find(OP, args[-1]).run(*args[:-1]), _shape_of, macs=_macs)
 
 
-def _triton(*args):  # Triton is slow to import: only when it is asked for
-    from ..kernels import score_tokens as triton
-    return triton.launch(*args)
-
-
-def _triton_refuses(device, dtype, **facts) -> str | None:
-    from .. import kernels
-    if reason := kernels.reason(device):
-        return reason
-    from ..kernels import score_tokens as triton
-    return triton.refuses(device, dtype, **facts)
-
-
-serve(OP, Backend("split", split, composite=True), Backend("reference", reference, composite=True),
-      Backend("triton", _triton, refuses=_triton_refuses))
+serve(OP, Backend("split", split, composite=True), Backend("reference", reference, composite=True), triton(OP))

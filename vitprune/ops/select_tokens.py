@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..native import select_tokens as native
 from .checks import fail, is_int, on_device
-from .registry import Backend, call, choose, define, find, gradient, interpreted, large, run, serve
+from .registry import Backend, call, choose, define, find, gradient, large, run, serve
+from .triton import kernel, triton
 
 OP = "select_tokens"
 
@@ -71,31 +72,12 @@ define(OP, "(Tensor x, Tensor scores, int k, int prefix, str backend) -> (Tensor
        lambda x, scores, k, prefix, backend: (x.new_empty(x.shape[0], prefix + k, x.shape[2]),
                                               x.new_empty((x.shape[0], k), dtype=torch.int64)),
        macs=lambda *_: 0)
+define(OP + "_backward", "(Tensor dtokens, Tensor ids, int prefix, SymInt tokens) -> Tensor",
+       lambda *args: kernel(OP).launch_backward(*args),
+       lambda dtokens, ids, prefix, tokens: dtokens.new_empty(dtokens.shape[0], tokens, dtokens.shape[2]), macs=lambda *_: 0)
 gradient(OP, _gradient, _setup)
 
 
-def _triton(*args):  # Triton is slow to import: only when it is asked for
-    from ..kernels import select_tokens as triton
-    return triton.launch(*args)
-
-
-def _triton_backward(*args):
-    from ..kernels import select_tokens as triton
-    return triton.launch_backward(*args)
-
-
-def _triton_refuses(device, dtype, **facts) -> str | None:
-    from .. import kernels
-    if reason := kernels.reason(device):
-        return reason
-    from ..kernels import select_tokens as triton
-    return triton.refuses(device, dtype, **facts)
-
-
-define(OP + "_backward", "(Tensor dtokens, Tensor ids, int prefix, SymInt tokens) -> Tensor", _triton_backward,
-       lambda dtokens, ids, prefix, tokens: dtokens.new_empty(dtokens.shape[0], tokens, dtokens.shape[2]), macs=lambda *_: 0)
-
 # C++ is the fastest measured on CPUs, CUDA C++ on an H200.
-serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp),
-      Backend("cuda", native.cuda, refuses=native.refuses_cuda),
-      Backend("triton", _triton, refuses=_triton_refuses, yields=interpreted), Backend("reference", reference, composite=True))
+serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp), Backend("cuda", native.cuda, refuses=native.refuses_cuda),
+      triton(OP), Backend("reference", reference, composite=True))

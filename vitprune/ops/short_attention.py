@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..native import short_attention as native
 from .checks import fail, is_int, is_number, on_device, values
 from .registry import Backend, call, choose, define, exporting, find, gradient, interpreted, large, run, serve
+from .triton import kernel, triton
 
 OP = "short_attention"
 SMALL = 120_000  # scores: measured on a CPU
@@ -141,8 +142,7 @@ def _weights(q: Tensor, k: Tensor, keep: Tensor | None, scale: float) -> Tensor:
 def _backward(dout, qkv, num_heads: int, cu_seqlens, max_seqlen: int, scale: float, backend: str) -> Tensor:
     """The weights are recomputed rather than stored."""
     if backend == "triton":
-        from ..kernels import short_attention_backward as triton
-        return triton.launch(dout, qkv, num_heads, cu_seqlens, max_seqlen, scale)
+        return kernel("short_attention_backward").launch(dout, qkv, num_heads, cu_seqlens, max_seqlen, scale)
     padded, keep = _pad(qkv, cu_seqlens, max_seqlen)
     q, k, v = _heads(padded, 3, num_heads)
     do, = _heads(_pad(dout, cu_seqlens, max_seqlen)[0], 1, num_heads)
@@ -180,23 +180,9 @@ define(OP + "_backward", "(Tensor dout, Tensor qkv, int num_heads, Tensor? cu_se
 gradient(OP, _gradient, _setup)
 
 
-def _triton(*args):  # Triton is slow to import: only when it is asked for
-    from ..kernels import short_attention as triton
-    return triton.launch(*args)
-
-
-def _triton_refuses(device, dtype, **facts) -> str | None:
-    from .. import kernels
-    if reason := kernels.reason(device):
-        return reason
-    from ..kernels import short_attention as triton
-    return triton.refuses(device, dtype, **facts)
-
-
 # On an H200 the library is nearly the fastest for a dense batch in eager mode, and for packed rows, which it must pad, the slowest.
 serve(OP, Backend("cpp", native.cpp, refuses=native.refuses_cpp, yields=native.yields_cpp),
       Backend("library", library, composite=True, yields=lambda device, dtype, packed=False, **_: packed and device.type == "cuda"),
       Backend("cuda", native.cuda, refuses=native.refuses_cuda, yields=lambda device, dtype, packed=False, **_: not packed),
-      Backend("triton", _triton, refuses=_triton_refuses,
-              yields=lambda device, dtype, packed=False, **_: interpreted(device) or not packed),
+      triton(OP, yields=lambda device, dtype, packed=False, **_: interpreted(device) or not packed),
       Backend("reference", reference, composite=True))

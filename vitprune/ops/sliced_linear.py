@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..native import sliced_product as native
 from .checks import fail, is_int, on_device, values
 from .registry import Backend, autocasts, call, choose, define, find, gradient, large, run, serve
+from .triton import kernel, triton
 
 OP = "sliced_linear"
 
@@ -114,8 +115,7 @@ def one_dtype(op: str, x: Tensor, **tensors: Tensor | None) -> None:
 def _backward(dy, x, w, live, side: str, width: int, of_x: bool, of_w: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dw, db; dead blocks of dw and db are zero; empty where not asked for: of_x, of_w (and the bias)."""
     if backend == "triton":
-        from ..kernels import sliced_linear as triton
-        return triton.launch_backward(dy, x, w, live, side, width, of_x, of_w)
+        return kernel(OP).launch_backward(dy, x, w, live, side, width, of_x, of_w)
     if backend == "cuda":
         return gradients_by_products(native.product, dy, x, w, live, side, width, of_x, of_w)
     dim, flat_y, flat_x = 1 if side == "in" else 0, as_rows(dy), as_rows(x)
@@ -162,19 +162,6 @@ define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w, Tensor live, str side,
 gradient(OP, _gradient, _setup)
 
 
-def _triton(*args):  # Triton is slow to import: only when it is asked for
-    from ..kernels import sliced_linear as triton
-    return triton.launch(*args)
-
-
-def _triton_refuses(device, dtype, **facts) -> str | None:
-    from .. import kernels
-    if reason := kernels.reason(device):
-        return reason
-    from ..kernels import sliced_linear as triton
-    return triton.refuses(device, dtype, **facts)
-
-
 # Where no file says what was measured, the library over gathered weights: on an H200 the fastest in large eager calls.
-serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses),
+serve(OP, Backend("reference", reference, composite=True), triton(OP),
       Backend("cuda", functools.partial(by_products, native.product), refuses=native.refuses))

@@ -10,6 +10,7 @@ from ..native import sliced_product as native
 from .checks import fail, is_int, on_device
 from .registry import Backend, autocasts, call, choose, define, find, gradient, large, run, serve
 from .sliced_linear import as_rows, check_live, gather, one_dtype, spread
+from .triton import kernel, triton
 
 OP = "sliced_mlp"
 
@@ -93,8 +94,7 @@ def _backward(dy, x, w1, b1, w2, live, width: int, of_x: bool, of_w: bool,
     """dx, dw1, db1, dw2, db2; dead units are zero; empty where not asked for: of_x, of_w (of weights and biases). The hidden layer is
     recomputed rather than stored."""
     if backend == "triton":
-        from ..kernels import sliced_mlp as triton
-        return triton.launch_backward(dy, x, w1, b1, w2, live, width, of_x, of_w)
+        return kernel(OP).launch_backward(dy, x, w1, b1, w2, live, width, of_x, of_w)
     if backend == "cuda":
         return gradients_by_products(native.product, dy, x, w1, b1, w2, live, width, of_x, of_w)
     rows, dy = as_rows(x), as_rows(dy)
@@ -144,19 +144,6 @@ define(OP + "_backward", "(Tensor dy, Tensor x, Tensor w1, Tensor? b1, Tensor w2
 gradient(OP, _gradient, _setup)
 
 
-def _triton(*args):  # Triton is slow to import: only when it is asked for
-    from ..kernels import sliced_mlp as triton
-    return triton.launch(*args)
-
-
-def _triton_refuses(device, dtype, **facts) -> str | None:
-    from .. import kernels
-    if reason := kernels.reason(device):
-        return reason
-    from ..kernels import sliced_mlp as triton
-    return triton.refuses(device, dtype, **facts)
-
-
 # Where no file says what was measured, the library over gathered weights: on an H200 the fastest in large eager calls and with a gradient.
-serve(OP, Backend("reference", reference, composite=True), Backend("triton", _triton, refuses=_triton_refuses),
+serve(OP, Backend("reference", reference, composite=True), triton(OP),
       Backend("cuda", functools.partial(by_products, native.product), refuses=native.refuses))
