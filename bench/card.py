@@ -1,7 +1,7 @@
 """Operators and whole models on one card, in at most ten minutes: `python -m bench.card [DEVICE]` writes bench/results/card-NAME.json.
 
 Every bench runs in a process of its own, gets its share of the time that is left (a model two), and is stopped at its end: rows that were
-finished count, and the file says what was cut. `python -m bench.collect FILE` checks such a file and puts it into the README.
+finished count, and the file says what was cut. `python -m bench.collect FILE` checks such a file and puts it into the tables.
 """
 import argparse
 import contextlib

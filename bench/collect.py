@@ -1,4 +1,4 @@
-"""Check a file that bench/card.py wrote, put it among the committed results and into the README: `python -m bench.collect FILE`.
+"""Check a file that bench/card.py wrote, put it among the committed results and into the tables: `python -m bench.collect FILE`.
 
 The file may come from anybody's machine: every number must be finite and in its range, every name that is printed plain, every version
 there, and the card that of the machine.

@@ -1,7 +1,8 @@
-"""Put the committed results into the README: `python bench/render.py` rewrites what is between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""Put the committed results into README.md and bench/README.md: `python bench/render.py` rewrites what is between
+`<!-- NAME -->` and `<!-- /NAME -->`.
 
 NAME is a file bench/results/NAME.json written by bench/model.py, `cards`: all files card-*.json written by bench/card.py,
-or `choices`: the files in kernels/configs.
+`gains`: whole models of both, in short, or `choices`: the files in kernels/configs.
 """
 import argparse
 import json
@@ -23,13 +24,12 @@ def table(results: list[dict]) -> str:
              "| its ms | best pruned | its ms | best over best |",
              "|-|-|-|-|-|-|-|-|-|-|-|-|-|-|"]
     for result in results:
-        what = ", ".join(f"{k} {result[k]}" for k in ("tokens", "heads", "hidden") if result[k] is not None)
         for row in result["rows"]:
             if row["baseline"] != "eager":
                 continue
             alike = [r for r in result["rows"] if (r["dtype"], r["batch"]) == (row["dtype"], row["batch"])]
             best, pruned = next(r for r in alike if r["fastest"]), min(alike, key=lambda r: r["pruned_ms"])
-            lines.append(f"| {result['model']} | {what} | {row['dtype']} | {row['batch']} | {row['dense_ms']:.2f} "
+            lines.append(f"| {result['model']} | {_pruned(result)} | {row['dtype']} | {row['batch']} | {row['dense_ms']:.2f} "
                          f"| {row['pruned_ms']:.2f} | {row['speedup']:.2f} | {row['flops_ratio']:.2f} | {row['realised_gain']:.2f} "
                          f"| {best['baseline']} | {best['dense_ms']:.2f} | {pruned['pruned_engine']} | {pruned['pruned_ms']:.2f} "
                          f"| {best['dense_ms'] / pruned['pruned_ms']:.2f} |")
@@ -141,17 +141,70 @@ def words(cell: dict[tuple[str, str], str]) -> str:
     return next(iter(named)) if len(named) == 1 else "; ".join(f"{some}: {text}" for text, some in named.items())
 
 
+def gains() -> str:
+    """Whole models in short, of each machine's newest file: the fastest engine of the pruned one beside the fastest of the dense one."""
+    newest: dict[str, tuple[str, list[dict]]] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        data = json.loads(path.read_text())
+        if path.name.startswith("model_"):  # of bench/model.py
+            date, models = "", data
+        elif path.name.startswith("models_"):  # what a later run on that card measured anew
+            date, models = data["date"], [model | {"machine": data["machine"]} for model in data["models"]]
+        elif path.name.startswith("card-"):
+            date, models = data["date"], [row for job in data["jobs"] if job["kind"] == "model" for row in job["rows"]]
+        else:
+            continue
+        if models:
+            machine = models[0]["machine"]
+            name = machine.get("gpu") or machine.get("cpu")
+            if name not in newest or date >= newest[name][0]:
+                newest[name] = date, models
+    return "\n\n".join(_gains(name, models) for name, (_, models) in sorted(newest.items())) or "Nothing has been measured yet."
+
+
+def _gains(name: str, models: list[dict]) -> str:
+    machine = models[0]["machine"]
+    rows = [(model, row) for model in models for row in model["rows"]]
+    batches = sorted({row["batch"] for _, row in rows})
+    lines = [f"{name}, {machine['threads']} threads, torch {machine['torch']}, timm {machine['timm']}:", "",
+             "| model | pruned | dtype | MAC ratio | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
+             "|-" * (len(batches) + 4) + "|"]
+    for dtype in dict.fromkeys(row["dtype"] for _, row in rows):
+        for model in models:
+            cells = [_gain([row for row in model["rows"] if (row["dtype"], row["batch"]) == (dtype, batch)]) for batch in batches]
+            lines.append(f"| {model['model'].removesuffix('_patch16_224')} | {_pruned(model)} | {dtype} "
+                         f"| {model.get('flops_ratio') or model['rows'][0]['flops_ratio']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _gain(rows: list[dict]) -> str:
+    if not rows:
+        return "–"
+    dense, pruned = min(row["dense_ms"] for row in rows), min(row["pruned_ms"] for row in rows)
+    return f"**{dense / pruned:.2f}** ({_ms(dense)} to {_ms(pruned)} ms)"
+
+
+def _ms(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
+
+
+def _pruned(model: dict) -> str:
+    return ", ".join(f"{what} {model[what]}" for what in ("tokens", "heads", "hidden") if model[what] is not None)
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    blocks = {path.stem: table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("model_*.json"))}
     shipped = "\n\n".join(choices(json.loads(path.read_text())) for path in sorted((ROOT / "kernels/configs").glob("*.json")))
-    for name, content in (blocks | {"cards": cards()} | ({"choices": shipped} if shipped else {})).items():
+    blocks = {path.stem: table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("model_*.json"))}
+    blocks |= {"cards": cards(), "gains": gains()} | ({"choices": shipped} if shipped else {})
+    texts = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "bench" / "README.md")}
+    for name, content in blocks.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not block.search(text):
-            raise SystemExit(f"README.md has no <!-- {name} --> ... <!-- /{name} --> to fill")
-        text = block.sub(lambda found, content=content: found[1] + content + "\n" + found[2], text)
-    readme.write_text(text)
+        path = next((path for path, text in texts.items() if block.search(text)), None)
+        if path is None:
+            raise SystemExit(f"neither README.md nor bench/README.md has <!-- {name} --> ... <!-- /{name} --> to fill")
+        texts[path] = block.sub(lambda found, content=content: found[1] + content + "\n" + found[2], texts[path])
+    for path, text in texts.items():
+        path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,12 @@ def good() -> dict:
 
 @pytest.fixture
 def tree(tmp_path, monkeypatch) -> Path:
-    """A README with markers and an empty folder of results."""
+    """READMEs with markers and an empty folder of results."""
     monkeypatch.setattr(render, "ROOT", tmp_path)
     monkeypatch.setattr(render, "RESULTS", tmp_path / "bench" / "results")
     render.RESULTS.mkdir(parents=True)
-    (tmp_path / "README.md").write_text("before\n<!-- cards -->\n<!-- /cards -->\nafter\n")
+    (tmp_path / "README.md").write_text("<!-- gains -->\n<!-- /gains -->\n")
+    (tmp_path / "bench" / "README.md").write_text("before\n<!-- cards -->\n<!-- /cards -->\nafter\n")
     return tmp_path
 
 
@@ -68,7 +69,7 @@ def test_merged_and_rendered_idempotently(tree):
     target = collect.collect(write(tree, good()))
     assert target == tree / "bench" / "results" / "card-tesla-t4.json"
     assert json.loads(target.read_text()) == good()
-    text = (tree / "README.md").read_text()
+    text = (tree / "bench" / "README.md").read_text()
     assert text.startswith("before\n<!-- cards -->\n**Tesla T4**, cuda 13.2, torch 2.15.0+cu132, triton 3.9.0")
     assert "1590 MHz under load" in text
     assert "| deit_small_patch16_224 | float32 | 1 | forward | 4.0 | add_norm 25.0% |" in text
@@ -80,15 +81,15 @@ def test_merged_and_rendered_idempotently(tree):
     assert text.endswith("<!-- /cards -->\nafter\n")
     for again in (target, tree / "sent.json"):
         collect.collect(again)
-        assert (tree / "README.md").read_text() == text
+        assert (tree / "bench" / "README.md").read_text() == text
     collect.collect(write(tree, json.loads(json.dumps(good()).replace("Tesla T4", "NVIDIA H200"))))
-    both = (tree / "README.md").read_text()
+    both = (tree / "bench" / "README.md").read_text()
     assert both.index("**NVIDIA H200**") < both.index("**Tesla T4**")
 
 
 def test_nothing_measured(tree):
     render.main()
-    assert "No card has been measured yet." in (tree / "README.md").read_text()
+    assert "No card has been measured yet." in (tree / "bench" / "README.md").read_text()
 
 
 def test_an_older_file_does_not_replace_a_newer_one(tree):
@@ -166,12 +167,12 @@ def job(i: int, **change) -> dict:
     (good() | {"jobs": 2 * good()["jobs"][:1]}, r"jobs must be each once, got \['deit_small_patch16_224', 'deit_small_patch16_224'\]"),
 ])
 def test_bad_files_are_refused_naming_the_field(tree, data, message):
-    before = (tree / "README.md").read_text()
+    before = (tree / "bench" / "README.md").read_text()
     with pytest.raises(SystemExit, match=message) as refused:
         collect.collect(write(tree, data))
     assert "\n" not in str(refused.value)
     assert not list(render.RESULTS.iterdir())
-    assert (tree / "README.md").read_text() == before
+    assert (tree / "bench" / "README.md").read_text() == before
 
 
 def test_missing_file(tree):
@@ -274,7 +275,7 @@ def test_a_real_file_is_accepted(tree):
     assert data["jobs"][0]["name"] == "select_tokens"
     assert data["jobs"][0]["error"] is None
     collect.collect(path)
-    assert "`select_tokens` | float32" in (tree / "README.md").read_text()
+    assert "`select_tokens` | float32" in (tree / "bench" / "README.md").read_text()
 
 
 def test_a_machine_without_triton_is_accepted():
@@ -282,10 +283,27 @@ def test_a_machine_without_triton_is_accepted():
 
 
 def test_committed_results_are_what_the_readme_shows():
-    before = (render.ROOT / "README.md").read_text()
     for path in render.RESULTS.glob("card-*.json"):
         collect.check(json.loads(path.read_text()))
-    assert f"<!-- cards -->\n{render.cards()}\n<!-- /cards -->" in before
+    assert f"<!-- gains -->\n{render.gains()}\n<!-- /gains -->" in (render.ROOT / "README.md").read_text()
+    assert f"<!-- cards -->\n{render.cards()}\n<!-- /cards -->" in (render.ROOT / "bench" / "README.md").read_text()
+
+
+def test_gains_are_of_the_newest_file_and_the_fastest_engines(tree):
+    """Each side's fastest, whichever row has it; an older file of that machine does not show."""
+    collect.collect(write(tree, good()))
+    assert "| deit_small | tokens 0.7 | float16 | 1.60 | **2.00** (4 to 2 ms) |" in (tree / "README.md").read_text()
+    row = {"dtype": "float16", "batch": 1}
+    later = {"date": "2999-01-01T00:00:00+00:00", "machine": good()["machine"], "models": [
+        {"model": "deit_small_patch16_224", "tokens": 0.7, "heads": None, "hidden": 0.5, "flops_ratio": 2.5, "rows": [
+            row | {"dense_ms": 3.0, "pruned_ms": 2.0}, row | {"dense_ms": 110.4, "pruned_ms": 1.5}, row | {"batch": 8, "dense_ms": 150.4,
+                                                                                                   "pruned_ms": 120.2}]}]}
+    (render.RESULTS / "models_later.json").write_text(json.dumps(later))
+    render.main()
+    lines = (tree / "README.md").read_text().splitlines()
+    assert lines[1].startswith("Tesla T4, 2 threads, torch 2.15.0+cu132")
+    assert lines[3:-1] == ["| model | pruned | dtype | MAC ratio | batch 1 | batch 8 |", "|-|-|-|-|-|-|",
+                           "| deit_small | tokens 0.7, hidden 0.5 | float16 | 2.50 | **2.00** (3 to 1.5 ms) | **1.25** (150 to 120 ms) |"]
 
 
 def test_choices_in_few_words():
