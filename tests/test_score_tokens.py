@@ -194,7 +194,7 @@ def test_the_last_layer_is_called_as_a_module():
 
 @pytest.mark.parametrize("part, i, other", [("out_conv", 1, torch.nn.ReLU()), ("in_conv", 2, torch.nn.GELU("tanh")),
                                             ("in_conv", 0, torch.nn.LayerNorm(32, elementwise_affine=False).double()),
-                                            ("out_conv", slice(2, 5), (7, 2))])
+                                            ("out_conv", slice(2, 5), (7, 2)), ("out_conv", 5, torch.nn.LogSoftmax(dim=1))])
 def test_parts_that_are_replaced_are_called(part, i, other):
     x, predictor, mask = case(2, 16, 32, True)
     if isinstance(i, slice):  # layers of another width
@@ -202,7 +202,8 @@ def test_parts_that_are_replaced_are_called(part, i, other):
     else:
         getattr(predictor, part)[i] = other
     with torch.no_grad():
-        torch.testing.assert_close(ops.score_tokens(x, predictor, mask), predictor(x, mask)[..., 0].exp().logit(), rtol=1e-9, atol=1e-9)
+        keep, drop = predictor(x, mask).unbind(-1)
+        torch.testing.assert_close(ops.score_tokens(x, predictor, mask), keep - drop, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["in_conv.1", "out_conv", ""])
@@ -217,6 +218,22 @@ def test_parts_that_are_watched_or_wrapped_are_called(name):
         part.forward = lambda *args: seen.append(2) or forward(*args)
         ops.score_tokens(x, predictor)
     assert seen == [1, 2]
+
+
+def test_a_predictor_of_ones_own_is_called():
+    """A subclass with another forward, and one that shares nothing with ours."""
+    class Colder(TokenPredictor):
+        def forward(self, patches, policy=None):
+            return (super().forward(patches, policy) / 2).log_softmax(-1)
+
+    class Bright(torch.nn.Module):
+        def forward(self, patches, policy=None):
+            return torch.stack([patches.mean(-1), -patches.mean(-1)], -1).log_softmax(-1)
+
+    x, _, mask = case(2, 16, 32, True)
+    for predictor in (Colder(32).double(), Bright()):
+        with torch.no_grad():
+            torch.testing.assert_close(ops.score_tokens(x, predictor, mask), predictor(x, mask)[..., 0].exp().logit())
 
 
 def test_forward_mode_reaches_through_frozen_weights():

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..tokens import TokenPredictor
 from .checks import fail, on_device
 from .layer_norm import by_module
 from .linear import linear, watched, weight_and_bias
@@ -16,15 +17,20 @@ KINDS = [nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear, nn.GELU, nn.Linear, nn.GEL
 def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = None) -> Tensor:
     """Log-odds of being kept, which order patches as the predictor's log-probabilities do.
 
-    patches [B, N, C]; predictor: a `TokenPredictor` of width C; mask bool [B, N]: patches that the image still has (None:
-    all; scores of the others mean nothing). Returns [B, N]. Raises ValueError for shapes, dtypes or devices that do not fit together.
+    patches [B, N, C]; predictor: a `TokenPredictor` of width C, or a module of your own that gives log-probabilities as it does; mask
+    bool [B, N]: patches that the image still has (None: all; scores of the others mean nothing). Returns [B, N].
+    Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
-    layers, shape, device = _layers(predictor, "in_conv") + _layers(predictor, "out_conv"), patches.shape, patches.device
-    norm, first, C = layers[0], layers[1], layers[1].in_features
-    (len(shape) == 3 and shape[-1] == C) or fail(OP, "patches", f"[B, N, {C}]", shape)
+    shape, device = patches.shape, patches.device
     if mask is not None:
         mask.shape == shape[:2] or fail(OP, "mask", f"[B, N] = {tuple(shape[:2])}", mask.shape)
         mask.dtype == torch.bool or fail(OP, "mask", "bool", mask.dtype)
+    if type(predictor).forward is not TokenPredictor.forward:  # somebody's own, of which nothing else is known
+        on_device(OP, "patches", device, mask=mask)
+        return call(OP, plain_form(OP, "reference"), patches, predictor, mask)
+    layers = _layers(predictor, "in_conv") + _layers(predictor, "out_conv")
+    norm, first, C = layers[0], layers[1], layers[1].in_features
+    (len(shape) == 3 and shape[-1] == C) or fail(OP, "patches", f"[B, N, {C}]", shape)
     on_device(OP, "patches", device, mask=mask, predictor=weight_and_bias(first)[0])
     plain = _plain(predictor, layers, patches.dtype)
     if not plain or torch.is_grad_enabled() or autocasts(device):  # no reason to fail where a kernel is forced for the other operators
@@ -39,7 +45,7 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
 
 def _plain(predictor: nn.Module, layers: list[nn.Module], dtype: torch.dtype) -> bool:
     """Whether weights are all that tells this predictor from any other of its width and that dtype, and nobody watches it."""
-    if [type(layer) for layer in layers] != KINDS or any(layers[i].approximate != "none" for i in (2, 4, 6)):
+    if [type(m) for m in layers] != KINDS or any(layers[i].approximate != "none" for i in (2, 4, 6)) or layers[8].dim not in (-1, 2):
         return False
     if any(watched(m) or "forward" in m.__dict__ for m in (predictor, predictor.in_conv, predictor.out_conv, *layers)):
         return False
