@@ -41,14 +41,16 @@ class Part(int):
 
 
 def counts(some: int, many: int) -> list:
-    """Numbers of random cases, for `make test` and `make test-long`. A card's compiler has its work in each: there they are spread
-    over tests that run beside each other."""
-    parts = [some]
-    if torch.cuda.is_available() and not INTERPRETED:
-        parts = [Part(some // 8) for _ in range(8)]
-        for i, part in enumerate(parts):
+    """Numbers of random cases, for `make test` and `make test-long`. Many, and those in each of which a card's compiler has its work,
+    are spread over tests that run beside each other."""
+    def parts(cases: int, number: int) -> list[Part]:
+        found = [Part(cases // number) for _ in range(number)]
+        for i, part in enumerate(found):
             part.seed = i
-    return [*parts, pytest.param(many, marks=pytest.mark.long)]
+        return found
+
+    on_card = torch.cuda.is_available() and not INTERPRETED
+    return [*(parts(some, 8) if on_card else [some]), *(pytest.param(part, marks=pytest.mark.long) for part in parts(many, 20))]
 
 
 def seeds(count: int) -> range:
