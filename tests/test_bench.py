@@ -201,6 +201,18 @@ def test_cuda_graph(pair, name, side):
             torch.testing.assert_close(run(x), model(x))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("side", [0, 1])
+def test_accelerate_on_a_card(pair, side):
+    images = torch.randn(4, 3, 160, 160)
+    model = copy.deepcopy(pair[side]).cuda()
+    fast = accelerate(model, 4, torch.float16)
+    assert fast.engine in ("cuda_graph", "modules:cuda_graph")[:2 - side]
+    with torch.inference_mode():
+        expected = model(images.cuda())
+    assert float((fast(images).float() - expected).abs().max() / expected.abs().max()) < 0.05
+
+
 class Card:
     """A GPU that runs what it is given in order, a clock of its own; stands in for torch.cuda."""
 

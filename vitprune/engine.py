@@ -1,5 +1,4 @@
 """Ways to run a model for speed: one signature, images [B, C, H, W] -> logits [B, classes]."""
-import contextlib
 import copy
 import importlib.util
 import os
@@ -27,9 +26,9 @@ def accelerate(model: nn.Module, batch_size: int, dtype: torch.dtype = torch.flo
                device: str | torch.device | None = None, input_size: tuple[int, int, int] | None = None) -> "Accelerated":
     """A copy of `model` made fast for one batch size: a callable module, images [batch_size, C, H, W] -> logits.
 
-    On a GPU the whole model is one CUDA graph. On a CPU plain evaluation, the same with weights laid out beforehand, and
-    torch.compile are timed and the fastest kept (this takes up to a minute); `.engine` says which. Images are cast to dtype
-    and device. The argument is untouched.
+    On a GPU the whole model is one CUDA graph; a dense one is tried in this package's modules too. On a CPU plain evaluation, the
+    same with weights laid out beforehand, and torch.compile are tried (this takes up to a minute). The fastest is kept; `.engine` says
+    which. Images are cast to dtype and device. The argument is untouched.
     device: the model's own by default. Raises ValueError for models whose shapes depend on the image (`threshold`, on a GPU).
     """
     from .measure import image_size
@@ -43,19 +42,21 @@ def accelerate(model: nn.Module, batch_size: int, dtype: torch.dtype = torch.flo
         raise ValueError("accelerate: model must keep a fixed number of tokens; with tokens.threshold shapes depend on the image")
     copied = copy.deepcopy(model).to(device, dtype).eval()
     images = torch.randn(batch_size, *(input_size or image_size(model)), device=device, dtype=dtype)
-    if device.type == "cuda":
-        return Accelerated(copied, "cuda_graph", build("cuda_graph", copied, images), images)
-    engines = {"eager": build("eager", copied, images)}
-    with contextlib.suppress(Unavailable):
-        engines["packed"] = build("packed", copied, images)
-    try:
-        engines["compiled"] = build("compiled", copied, images)
-        for engine in engines.values():
+    engines: dict[str, Engine] = {}
+    for name in ("cuda_graph", "modules:cuda_graph") if device.type == "cuda" else ("eager", "packed", "compiled"):
+        if name == "modules:cuda_graph" and hasattr(model, "learning"):  # in our modules already
+            continue
+        try:
+            engine = build(name, copied, images)
             engine(images)
-    except Exception as e:  # no compiler, or one that does not work: plain evaluation serves
-        warnings.warn(f"accelerate: torch.compile does not work here ({type(e).__name__}: {str(e).splitlines()[0]})", stacklevel=2)
-        engines.pop("compiled", None)
-    best = fastest(engines, images) if len(engines) > 1 else "eager"
+        except Exception as e:
+            if name == "compiled":  # no compiler, or one that does not work: plain evaluation serves
+                warnings.warn(f"accelerate: torch.compile does not work here ({type(e).__name__}: {str(e).splitlines()[0]})", stacklevel=2)
+            elif not isinstance(e, Unavailable):
+                raise
+        else:
+            engines[name] = engine
+    best = fastest(engines, images) if len(engines) > 1 else next(iter(engines))
     return Accelerated(copied, best, engines[best], images)
 
 
@@ -90,6 +91,8 @@ def fastest(engines: dict[str, Engine], images: Tensor, rounds: int = 5) -> str:
         for name, engine in engines.items():
             start = time.perf_counter()
             engine(images)
+            if images.is_cuda:
+                torch.cuda.synchronize(images.device)
             times[name].append(time.perf_counter() - start)
     return min(times, key=lambda name: statistics.median(times[name]))
 
