@@ -171,6 +171,6 @@ def collect(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         raise SystemExit(__doc__)
     print(collect(Path(sys.argv[1])))

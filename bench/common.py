@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from vitprune.bench import DTYPES, gpu_times, interleave, machine
+from vitprune.doctor import choose_device
 from vitprune.ops import backend, registry
 
 LIMITS = {"H200": (4.8e12, 989e12)}  # bytes a second and FLOPs a second in 16 bits, from the data sheet
@@ -82,8 +83,11 @@ def share_of_copy(row: dict) -> dict:
 def main(rows: Callable[[torch.device], Iterator[dict]]) -> None:
     """Print the machine and all rows as one JSON document; those before an error too, which then is raised."""
     parser = argparse.ArgumentParser(description="Prints the machine and a row a shape as JSON.")
-    parser.add_argument("device", nargs="?", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    where = parser.parse_args().device
+    parser.add_argument("device", nargs="?", help="cpu, cuda or cuda:N; a GPU where there is one")
+    try:
+        where = torch.device(choose_device(parser.parse_args().device, "bench"))
+    except (ValueError, RuntimeError) as error:
+        parser.error(str(error))
     result = {"machine": machine(str(where)), "device": str(where), "rows": []}
     try:
         result["rows"] += rows(where)

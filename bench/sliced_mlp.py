@@ -79,7 +79,7 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
                 # Inputs, outputs and weights; what lies between could stay on chip.
                 moved = full[0].element_size() * ((2 + (operator is mlp)) * M * C + weights + backward * (3 * M * C + 2 * weights))
                 macs = 2 * M * C * len(index) * (3 if backward else 1)
-                row = {"operator": "sliced_mlp" if operator is mlp else "sliced_linear, out and in", "rows": M, "C": C, "live": fraction,
+                row = {"op": "sliced_mlp" if operator is mlp else "sliced_linear, out and in", "rows": M, "C": C, "live": fraction,
                        "dtype": kind, "pass": "forward+backward" if backward else "forward", "bytes": moved, "macs": macs, **columns,
                        "unavailable": {n: r[:160] for n, r in refused.items()}}
                 yield row | share_of_limit(device, row)

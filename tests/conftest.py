@@ -23,7 +23,7 @@ def pytest_terminal_summary(terminalreporter):
     """What passing tests of operators print: how their random cases spread, and what their kernels take of a card."""
     for report in terminalreporter.stats.get("passed", ()):
         stem = Path(report.nodeid.partition("::")[0]).stem
-        if stem.removeprefix("test_").removesuffix("_kernels") in {*registry.TABLES, "cuda"}:
+        if stem.removeprefix("test_").removesuffix("_kernels") in {*registry.TABLES, "cuda", "shipped_configs"}:
             for line in filter(None, report.capstdout.splitlines()):
                 terminalreporter.write_line(f"{report.nodeid.rpartition('/')[2]}  {line}")
 

@@ -35,6 +35,15 @@ CUDA = [pytest.param("cuda", "cuda", marks=DEVICES[1].marks),
         *(pytest.param("cuda", "cpu", marks=[CPP, pytest.mark.emulated(arch)], id=f"emulated-{arch}") for arch in (61, 75, 80))]
 
 
+ON_CARD = torch.cuda.is_available() and not INTERPRETED
+VARIANTS = 24
+
+
+def compiled_for(seed: int, rng: np.random.Generator) -> np.random.Generator:
+    """Draws what a kernel is compiled for. A card's compiler has seconds of work in each: there one of VARIANTS, run at many sizes."""
+    return np.random.default_rng(seed % VARIANTS) if ON_CARD else rng
+
+
 class Part(int):
     """How many of the random cases a test has, which others have more of."""
     seed = 0
@@ -49,8 +58,7 @@ def counts(some: int, many: int) -> list:
             part.seed = i
         return found
 
-    on_card = torch.cuda.is_available() and not INTERPRETED
-    return [*(parts(some, 8) if on_card else [some]), *(pytest.param(part, marks=pytest.mark.long) for part in parts(many, 20))]
+    return [*(parts(some, 8) if ON_CARD else [some]), *(pytest.param(part, marks=pytest.mark.long) for part in parts(many, 20))]
 
 
 def seeds(count: int) -> range:

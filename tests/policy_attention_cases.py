@@ -2,7 +2,7 @@
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from kernel_checks import INTERPRETED, explore, layout, tiled
+from kernel_checks import INTERPRETED, ON_CARD, compiled_for, explore, layout, tiled
 from oracles import within_twice, within_twice_unless_lucky
 
 from vitprune import ops
@@ -10,6 +10,7 @@ from vitprune.ops import backend
 
 # queries, keys of a program, forward and for the gradients of queries and of keys; the first: the default ones.
 TILES = ((), ((64, 64), (64, 64), (64, 64)), ((128, 32), (32, 128), (64, 128)), ((32, 128), (64, 32), (32, 64)))
+LENGTHS = (1, 2, 3, 15, 16, 17, 31, 33, 48, 65, 128)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,16 +35,21 @@ def cases(draw, name: str, real: bool):
     if real:
         B, H, N, D = draw(st.sampled_from(((1, 4), (2, 2), (1, 6)))) + (draw(st.integers(64, 260)), 64)
     else:
-        B, H, N = draw(st.sampled_from([(b, h, n) for b in (1, 2, 5) for h in (1, 2, 3) for n in (1, 2, 3, 15, 16, 17, 31, 33, 48, 65, 128)
-                                        if b * h * n <= 256]))
+        B, H, N = draw(st.sampled_from([(b, h, n) for b in (1, 2, 5) for h in (1, 2, 3) for n in LENGTHS if b * h * n <= 256]))
         D = draw(st.sampled_from([*range(32, 129, 16), *((1, 4, 20, 33) if name == "cpp" else ())]))
     dtypes = [d for d in DTYPES if name != "cpp" or d != torch.float16]
-    return {"shape": (B, H, N, D), "dtype": draw(st.sampled_from(dtypes)), "eps": draw(st.sampled_from((1e-6, 0.0))),
+    case = {"shape": (B, H, N, D), "dtype": draw(st.sampled_from(dtypes)), "eps": draw(st.sampled_from((1e-6, 0.0))),
             "policy": draw(st.sampled_from(("hard", "soft", "ones", "zeros"))), "fused": draw(st.booleans()), "real": real,
             "sparse": draw(st.booleans()),  # no gradient arrives at dropped queries
             # a card compiles each anew; small tiles take longest to interpret
             "tiles": draw(st.sampled_from((1, 2, 3, 1, 2, 3, 0) if real else (0, 1, 2, 3))) if name == "triton" and INTERPRETED else 0,
             "seed": draw(st.integers(0, 2 ** 32 - 1))}
+    if ON_CARD:
+        of = compiled_for(case["seed"], None)
+        N, D = (of.integers(64, 261), 64) if real else (of.choice(LENGTHS), 16 * of.integers(2, 9))
+        case |= {"shape": (B, H, int(N), int(D)), "dtype": dtypes[of.integers(len(dtypes))], "eps": (1e-6, 0.0)[of.integers(2)],
+                 "fused": bool(of.integers(2))}
+    return case
 
 
 def describe(case):
@@ -55,17 +61,18 @@ def describe(case):
 
 def tensors_of(case, device):
     rng, (B, H, N, D) = np.random.default_rng(case["seed"]), case["shape"]
+    of = compiled_for(case["seed"], rng)
 
     def random(*shape):
         return torch.from_numpy(rng.standard_normal(shape)).to(device, case["dtype"])
     if case["fused"]:
         qkv = random(B, N, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
     else:
-        qkv = [layout(random(B, H, N, D), rng) for _ in range(3)]
+        qkv = [layout(random(B, H, N, D), of) for _ in range(3)]
     soft = torch.from_numpy(rng.random((B, N))).to(device, case["dtype"])
     policy = {"hard": (soft > 0.5).to(soft), "soft": soft, "ones": torch.ones_like(soft), "zeros": torch.zeros_like(soft)}[case["policy"]]
     up = random(B, H, N, D) * (policy[:, None, :, None] > 0.5) if case["sparse"] else random(B, H, N, D)
-    return [*qkv, layout(policy, rng)], layout(up, rng)
+    return [*qkv, layout(policy, of)], layout(up, of)
 
 
 def check(case, name, device, unlucky):

@@ -138,6 +138,8 @@ OPERATORS = {
         lambda: ops.add_norm(Z(2, 4), Z(2, 4), Z(4), Z(4), 1e-6, gamma=Z(4, device="meta")),
     "score_tokens: mask must be on patches's device cpu, got meta":
         lambda: ops.score_tokens(Z(1, 5, 8), TokenPredictor(8), Z(1, 5, device="meta") == 0),
+    "score_tokens: patches must be torch.float32, as the predictor's weights, got torch.float64":
+        lambda: ops.score_tokens(Z(1, 5, 8).double(), TokenPredictor(8)),
     "score_tokens: predictor must be on patches's device cpu, got meta":
         lambda: ops.score_tokens(Z(1, 5, 8), TokenPredictor(8).to("meta")),
     "backend: name must be one of": lambda: ops.backend("tritn").__enter__(),
@@ -184,6 +186,9 @@ PRUNING = {
     "BlockPruning: schedule must be a Cubic, got 'x'": lambda: BlockPruning(0.5, method="movement", schedule="x"),
     "BlockPruning: heads must be 'h_FRACTION_d_FRACTION' joined by '-', got 'h_1.2.3_d_0.4'": lambda: BlockPruning("h_1.2.3_d_0.4"),
     "PrunedAttention: live must be ids of heads, got [0.5]": lambda: PrunedAttention(64, num_heads=4, live=[0.5]),
+    "PrunedAttention: live must be ids of heads, got [False, True]": lambda: PrunedAttention(64, num_heads=2, live=[False, True]),
+    "PrunedMlp: live must be ids of hidden blocks, got tensor([False,  True])":
+        lambda: PrunedMlp(64, hidden_features=128, live=torch.tensor([False, True])),
     "PrunedAttention: live must be ids of heads, got 3": lambda: PrunedAttention(64, num_heads=4, live=3),
     "TokenPruning: multiple_of must be an int, got True": lambda: TokenPruning(0.5, multiple_of=True),
     "accelerate: dtype must be a floating point torch.dtype, got 'float32'": lambda: accelerate(sequence(), 1, dtype="float32"),

@@ -112,7 +112,7 @@ def test_kernel_serves_inference_alone(name, device):
             torch.testing.assert_close(ops.score_tokens(x, predictor), plain)
             with torch.autocast(kind, torch.bfloat16):
                 torch.testing.assert_close(ops.score_tokens(x, predictor), cast, rtol=0, atol=0)
-            with pytest.raises(RuntimeError, match="dtype"):
+            with pytest.raises(ValueError, match="score_tokens: patches must be torch.float16, as the predictor's weights"):
                 ops.score_tokens(x, copy.deepcopy(predictor).half())
             handle = predictor.out_conv[4].register_forward_hook(lambda *_: seen.append(1))
             torch.testing.assert_close(ops.score_tokens(x, predictor), plain)
@@ -234,6 +234,14 @@ def test_a_predictor_of_ones_own_is_called():
     for predictor in (Colder(32).double(), Bright()):
         with torch.no_grad():
             torch.testing.assert_close(ops.score_tokens(x, predictor, mask), predictor(x, mask)[..., 0].exp().logit())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="nothing of Triton's")
+def test_quantised_predictors_are_called():
+    x, predictor, mask = case(2, 16, 32, True)
+    x, predictor = x.float(), torch.ao.quantization.quantize_dynamic(predictor.float(), {torch.nn.Linear})
+    with torch.no_grad():
+        torch.testing.assert_close(ops.score_tokens(x, predictor, mask), predictor(x, mask)[..., 0].exp().logit(), rtol=1e-4, atol=1e-4)
 
 
 def test_forward_mode_reaches_through_frozen_weights():

@@ -11,39 +11,48 @@ FOLDER = Path(__file__).parents[1] / "kernels/configs"
 
 
 def short_attention(dtype, config, B, H, N, D):
-    qkv = torch.empty(B, N, 3 * H * D, dtype=dtype)
-    return [("short_attention", lambda kernel: kernel.launch(qkv, H, None, N, 0.125, config))]
+    qkv, ends = torch.empty(B, N, 3 * H * D, dtype=dtype), torch.empty(B + 1, dtype=torch.int32)
+    return [("short_attention", lambda kernel: [kernel.launch(qkv, H, None, N, 0.125, config),
+                                                kernel.launch(qkv.flatten(0, 1), H, ends, N, 0.125, config)])]
 
 
 def short_attention_backward(dtype, config, B, H, N, D):
-    qkv, dout = torch.empty(B, N, 3 * H * D, dtype=dtype), torch.empty(B, N, H * D, dtype=dtype)
-    return [("short_attention_backward", lambda kernel: kernel.launch(dout, qkv, H, None, N, 0.125, config))]
+    qkv, dout, ends = (torch.empty(B, N, 3 * H * D, dtype=dtype), torch.empty(B, N, H * D, dtype=dtype),
+                       torch.empty(B + 1, dtype=torch.int32))
+    return [("short_attention_backward", lambda kernel: [
+        kernel.launch(dout, qkv, H, None, N, 0.125, config),
+        kernel.launch(dout.flatten(0, 1), qkv.flatten(0, 1), H, ends, N, 0.125, config)])]
 
 
 def policy_attention(dtype, config, B, H, N, D):
     q, m = torch.empty(B, N, 3, H, D, dtype=dtype).permute(2, 0, 3, 1, 4)[0], torch.empty(B, H, N)
     policy = torch.empty(B, N, dtype=dtype)
-    return [("policy_attention", lambda kernel: kernel.launch(q, q, q, policy, 0.125, 1e-6, config)),
-            ("policy_attention_backward", lambda kernel: kernel.launch(q, q, q, q, policy, q, m, m, 0.125, 1e-6, config))]
+    return [("policy_attention", lambda kernel: [kernel.launch(q, q, q, policy, 0.125, eps, config) for eps in (1e-6, 0.0)]),
+            ("policy_attention_backward", lambda kernel: [kernel.launch(q, q, q, q, policy, q, m, m, 0.125, eps, config)
+                                                          for eps in (1e-6, 0.0)])]
 
 
 def score_tokens(dtype, config, B, N, C):
     shapes = (B, N, C), (C,), (C, C), (C // 2, C), (C // 4, C // 2), (2, C // 4)
     x, w, w1, w2, w3, w4 = (torch.empty(*shape, dtype=dtype) for shape in shapes)
-    return [("score_tokens", lambda kernel: kernel.launch(x, w, w, 1e-5, w1, w, w2, w[::2], w3, w[::4], w4, w[:2], None, config))]
+    return [("score_tokens", lambda kernel: [kernel.launch(x, w, w, 1e-5, w1, w, w2, w[::2], w3, w[::4], w4, w[:2], mask, config)
+                                             for mask in (None, torch.empty(B, N, dtype=torch.bool))])]
 
 
 def sliced_mlp(dtype, config, M, C, L):
     x, w, live = torch.empty(1, M, C, dtype=dtype), torch.empty(4 * C, C, dtype=dtype), torch.empty(L // 64, dtype=torch.int32)
-    return [("sliced_mlp", lambda kernel: kernel.launch(x, w, w[:, 0], w.t(), w[0], live, x, 64, config)),
+    return [("sliced_mlp", lambda kernel: [kernel.launch(x, w, w[:, 0], w.t(), w[0], live, residual, 64, config)
+                                           for residual in (x, None)]),
             ("sliced_mlp", lambda kernel: kernel.launch_backward(x, x, w, w[:, 0], w.t(), live, 64, True, True, config))]
 
 
 def sliced_linear(dtype, config, M, C, L):
-    x, dy, w = torch.empty(1, M, C, dtype=dtype), torch.empty(1, M, L, dtype=dtype), torch.empty(3 * C, C, dtype=dtype)
-    live = torch.empty(L // 64, dtype=torch.int32)
-    return [("sliced_linear", lambda kernel: kernel.launch(x, w, w[:, 0], live, "out", 64, config)),
-            ("sliced_linear", lambda kernel: kernel.launch_backward(dy, x, w, live, "out", 64, True, True, config))]
+    x, few, live = (torch.empty(1, M, C, dtype=dtype), torch.empty(1, M, L, dtype=dtype), torch.empty(L // 64, dtype=torch.int32))
+    to, of = torch.empty(4 * C, C, dtype=dtype), torch.empty(C, 4 * C, dtype=dtype)
+    return [("sliced_linear", lambda kernel: [kernel.launch(x, to, to[:, 0], live, "out", 64, config),
+                                              kernel.launch(few, of, of[:, 0], live, "in", 64, config)]),
+            ("sliced_linear", lambda kernel: [kernel.launch_backward(few, x, to, live, "out", 64, True, True, config),
+                                              kernel.launch_backward(x, few, of, live, "in", 64, True, True, config)])]
 
 
 def shipped() -> list:

@@ -353,10 +353,23 @@ def test_what_is_live_is_taken_over_as_far_as_it_fits(x):
 
 
 def test_a_trace_with_gradients_needs_nothing_of_this_package(x):
-    for model in (prune(vit(), blocks=UNEVEN), prune(vit(), tokens(score="cls_attention"))):
+    for model in (prune(vit(), blocks=UNEVEN), prune(vit(), tokens(score="cls_attention")), prune(vit(), tokens())):
         traced = torch.jit.trace(model.eval(), x)
         assert "vitprune::" not in str(traced.inlined_graph)
         torch.testing.assert_close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("make", [lambda model: model, compact])
+def test_a_layer_without_heads_gives_every_parameter_a_gradient(x, make):
+    """DDP waits for one; zeros, also for a norm of queries and keys, and for the policy."""
+    model = make(prune(vit(qk_norm=True), tokens(), BlockPruning(heads=[0, 1, 1, 1], hidden=[0, 1, 1, 1]))).train()
+    model(x).square().sum().backward()
+    attn = model.blocks[0].attn
+    assert attn.live_heads == 0 and all(p.grad is not None for p in model.parameters())
+    assert not any(p.grad.any() for p in (*attn.q_norm.parameters(), *attn.k_norm.parameters()))
+    policy = torch.ones(2, 5, requires_grad=True)
+    y = attn(torch.randn(2, 5, attn.proj.out_features), policy=policy)
+    assert not torch.autograd.grad(y.sum(), policy)[0].any()
 
 
 def test_modules_that_are_masked_are_not_revived(x):

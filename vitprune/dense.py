@@ -3,7 +3,6 @@ import contextlib
 import contextvars
 from collections.abc import Iterator
 
-import torch
 from timm.layers import GELU, DropPath, Format, LayerNorm, PatchEmbed
 from torch import Tensor, nn
 
@@ -61,7 +60,7 @@ def drop(dropout: nn.Module, x: Tensor) -> Tensor:
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x); LayerNorm by the operator where nobody watches it."""
     plain = type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and len(norm.normalized_shape) == 1
-    if not plain or watched(norm) or norm.__dict__.get("_fast_norm") or torch.jit.is_tracing():  # a trace tells parts by modules
+    if not plain or watched(norm) or norm.__dict__.get("_fast_norm"):
         return norm(x)
     return by_module(norm, x)
 

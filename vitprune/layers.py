@@ -107,9 +107,15 @@ class PrunedAttention(Live, Attention):
         if self.live_heads == 0:
             if class_attention:
                 raise ValueError("PrunedAttention: class_attention must be False in a layer without heads")
-            return self.project(self.qkv_of(x) if self.training else x[..., :0])  # zeros are a gradient: DDP waits for one
+            return self.project(self._nothing(x, policy) if self.training else x[..., :0])
         y, scores = self.attend(self.qkv_of(x), attn_mask, is_causal, policy, cu_seqlens, max_seqlen, class_attention)
         return (self.project(y), scores) if class_attention else self.project(y)
+
+    def _nothing(self, x: Tensor, policy: Tensor | None) -> Tensor:
+        """[..., 0] that hangs on every parameter and on the policy: zeros are a gradient, and DDP waits for one."""
+        q, k, v = self.qkv_of(x).unflatten(-1, (3, 0, self.head_dim)).unbind(-3)
+        y = (self.q_norm(q) + self.k_norm(k) + v).flatten(-2)
+        return y if policy is None else y + policy[..., None][..., :0]
 
     def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, policy: Tensor | None = None,
                cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,

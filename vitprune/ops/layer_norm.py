@@ -39,7 +39,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 def by_module(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """norm(x): by the operator where its kernel may serve; it has neither gradient nor autocast, and a backend that is forced for the
     other operators is no reason to fail."""
-    if torch.is_grad_enabled() or autocasts(x.device):
+    if torch.is_grad_enabled() or autocasts(x.device) or torch.jit.is_tracing():  # a trace tells parts by modules
         return norm(x)
     return layer_norm(x, *weight_and_bias(norm), norm.eps)
 

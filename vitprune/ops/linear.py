@@ -39,7 +39,7 @@ def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether a hook expects to see this module called."""
+    """Whether a hook expects to see this module called; those of all modules at once, as FLOP counters set them, change nothing."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 

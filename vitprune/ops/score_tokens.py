@@ -31,12 +31,16 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
     layers = _layers(predictor, "in_conv") + _layers(predictor, "out_conv")
     norm, first, C = layers[0], layers[1], layers[1].in_features
     (len(shape) == 3 and shape[-1] == C) or fail(OP, "patches", f"[B, N, {C}]", shape)
-    on_device(OP, "patches", device, mask=mask, predictor=weight_and_bias(first)[0])
-    plain = _plain(predictor, layers, patches.dtype)
+    on_device(OP, "patches", device, mask=mask)
+    if isinstance(weight := weight_and_bias(first)[0], Tensor):  # a quantised layer has none
+        on_device(OP, "patches", device, predictor=weight)
+        (weight.dtype == patches.dtype or autocasts(device)) or fail(OP, "patches", f"{weight.dtype}, as the predictor's weights",
+                                                                      patches.dtype)
+    plain, size = _plain(predictor, layers, patches.dtype), large(shape[0] * shape[1])  # asked always: a trace is checked without gradients
     if not plain or torch.is_grad_enabled() or autocasts(device):  # no reason to fail where a kernel is forced for the other operators
         name = plain_form(OP, "split" if plain else "reference")
     else:
-        name = choose(OP, device, patches.dtype, large=large(shape[0] * shape[1]))
+        name = choose(OP, device, patches.dtype, large=size)
     if find(OP, name).composite:
         return call(OP, name, patches, predictor, mask)
     return call(OP, name, patches, *weight_and_bias(norm), norm.eps,
