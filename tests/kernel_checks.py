@@ -36,7 +36,7 @@ CUDA = [pytest.param("cuda", "cuda", marks=DEVICES[1].marks),
 
 
 ON_CARD = torch.cuda.is_available() and not INTERPRETED
-VARIANTS = 24
+VARIANTS = 12
 
 
 def compiled_for(seed: int, rng: np.random.Generator) -> np.random.Generator:
