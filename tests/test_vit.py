@@ -368,8 +368,8 @@ def test_a_layer_without_heads_gives_every_parameter_a_gradient(x, make):
     assert attn.live_heads == 0 and all(p.grad is not None for p in model.parameters())
     assert not any(p.grad.any() for p in (*attn.q_norm.parameters(), *attn.k_norm.parameters()))
     policy = torch.ones(2, 5, requires_grad=True)
-    y = attn(torch.randn(2, 5, attn.proj.out_features), policy=policy)
-    assert not torch.autograd.grad(y.sum(), policy)[0].any()
+    y = attn.bfloat16()(torch.randn(2, 5, attn.proj.out_features).bfloat16(), policy=policy)
+    assert y.dtype == torch.bfloat16 and not torch.autograd.grad(y.sum(), policy)[0].any()
 
 
 def test_modules_that_are_masked_are_not_revived(x):

@@ -114,8 +114,8 @@ class PrunedAttention(Live, Attention):
     def _nothing(self, x: Tensor, policy: Tensor | None) -> Tensor:
         """[..., 0] that hangs on every parameter and on the policy: zeros are a gradient, and DDP waits for one."""
         q, k, v = self.qkv_of(x).unflatten(-1, (3, 0, self.head_dim)).unbind(-3)
-        y = (self.q_norm(q) + self.k_norm(k) + v).flatten(-2)
-        return y if policy is None else y + policy[..., None][..., :0]
+        y = ((self.q_norm(q) + self.k_norm(k)).to(v.dtype) + v).flatten(-2)
+        return y if policy is None else y + policy[..., None][..., :0].to(y.dtype)
 
     def attend(self, qkv: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, policy: Tensor | None = None,
                cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,

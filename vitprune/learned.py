@@ -4,8 +4,8 @@ A head's gate multiplies its output before the projection, a hidden block's gate
 removing query, key, value and projection of a head together, or rows of fc1 with their bias and columns of fc2. The score's
 gradient is the gate's: sum of dL/dW * W over the output columns of the unit (movement pruning: Sanh et al., 2020, eq. 3;
 in blocks: Lagunas et al., 2021), for closed gates too, so that a dead block can come back while the schedule runs: until it has
-ended, dead units are computed as the others, in evaluation too. Then training leaves the scores alone: what was chosen is fine-tuned and no longer
-exchanged, and hard gates give way to live units, so that dead ones cost nothing and get no gradient.
+ended, dead units are computed as the others, in evaluation too. Then training leaves the scores alone: what was chosen is
+fine-tuned and no longer exchanged, and hard gates give way to live units, so that dead ones cost nothing and get no gradient.
 
 Where a model is pruned on the task it was trained for, the mean of that gradient is near zero while nothing is pruned, and the
 scores gather noise. They therefore start from its mean square (Molchanov et al., 2019, eq. 8), gathered in the initial warm-up.
