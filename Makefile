@@ -18,7 +18,7 @@ test: .venv/test.stamp
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not long"
 
 test-long: .venv/test.stamp
-	$(BIN)/python -m pytest -m "not interpreter"
+	$(PYTEST) -m "not interpreter"
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter"
 
 bench: .venv/test.stamp

@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import statistics
+from datetime import datetime, timezone
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -143,11 +144,11 @@ def words(cell: dict[tuple[str, str], str]) -> str:
 
 def gains() -> str:
     """Whole models in short, of each machine's newest file: the fastest engine of the pruned one beside the fastest of the dense one."""
-    newest: dict[str, tuple[str, list[dict]]] = {}
+    newest: dict[str, tuple[datetime, list[dict]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
         data = json.loads(path.read_text())
         if path.name.startswith("model_"):  # of bench/model.py
-            date, models = "", data
+            date, models = None, data
         elif path.name.startswith("models_"):  # what a later run on that card measured anew
             date, models = data["date"], [model | {"machine": data["machine"]} for model in data["models"]]
         elif path.name.startswith("card-"):
@@ -156,9 +157,10 @@ def gains() -> str:
             continue
         if models:
             machine = models[0]["machine"]
-            name = machine.get("gpu") or machine.get("cpu")
-            if name not in newest or date >= newest[name][0]:
-                newest[name] = date, models
+            name = machine.get("gpu") or f"{machine.get('cpu')}, {machine.get('cpu_capability')}"
+            when = datetime.fromisoformat(date) if date else datetime.min.replace(tzinfo=timezone.utc)
+            if name not in newest or when >= newest[name][0]:
+                newest[name] = when, models
     return "\n\n".join(_gains(name, models) for name, (_, models) in sorted(newest.items())) or "Nothing has been measured yet."
 
 

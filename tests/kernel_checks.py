@@ -36,12 +36,7 @@ CUDA = [pytest.param("cuda", "cuda", marks=DEVICES[1].marks),
 
 
 ON_CARD = torch.cuda.is_available() and not INTERPRETED
-VARIANTS = 12
-
-
-def compiled_for(seed: int, rng: np.random.Generator) -> np.random.Generator:
-    """Draws what a kernel is compiled for. A card's compiler has seconds of work in each: there one of VARIANTS, run at many sizes."""
-    return np.random.default_rng(seed % VARIANTS) if ON_CARD else rng
+VARIANTS = 12  # of what attention is compiled for, in random cases on a card, whose compiler has seconds of work in each
 
 
 class Part(int):
@@ -51,7 +46,7 @@ class Part(int):
 
 def counts(some: int, many: int) -> list:
     """Numbers of random cases, for `make test` and `make test-long`. Many, and those in each of which a card's compiler has its work,
-    are spread over tests that run beside each other."""
+    are spread over several tests, which can run beside each other."""
     def parts(cases: int, number: int) -> list[Part]:
         found = [Part(cases // number) for _ in range(number)]
         for i, part in enumerate(found):
@@ -82,9 +77,9 @@ def explore(check, small, real, count: int, describe) -> None:
     print(dict(sorted(spread.items())))
 
 
-def layout(t: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """The same values (or one image's, repeated) under other strides and offsets."""
-    kind = rng.integers(0, 5)
+def layout(t: torch.Tensor, rng: np.random.Generator, kind: int | None = None) -> torch.Tensor:
+    """The same values (or one image's, repeated) under other strides and offsets; of that kind, 0 to 4, or of any."""
+    kind = rng.integers(0, 5) if kind is None else kind
     if kind == 1:
         return t.transpose(0, -1).contiguous().transpose(0, -1)
     if kind == 2:  # every second element of a larger tensor, from an odd offset

@@ -146,7 +146,7 @@ def test_accelerate(pair, monkeypatch):
     monkeypatch.setitem(engine.ENGINES, "compiled", lambda model, images: build("eager", model, images))
     images = torch.randn(2, 3, 160, 160)
     fast = accelerate(pair[1], batch_size=2, dtype=torch.bfloat16)
-    assert fast.engine in ("eager", "packed", "compiled")
+    assert fast.engine in ("eager", "packed", "openvino", "compiled")
     with torch.inference_mode():
         expected = pair[1](images)
     got = fast(images).float()
@@ -160,13 +160,20 @@ def test_accelerate(pair, monkeypatch):
         accelerate(pair[1], 0)
 
 
-def test_accelerate_survives_a_broken_compiler(pair, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("no compiler"), AssertionError(), torch.OutOfMemoryError("out of memory")])
+def test_accelerate_survives_engines_that_fail(pair, monkeypatch, error):
     def fail(model, images):
-        raise RuntimeError("no compiler")
+        raise error
 
-    monkeypatch.setitem(engine.ENGINES, "compiled", fail)
-    with pytest.warns(UserWarning, match="torch.compile does not work here"):
-        assert accelerate(pair[1], 1).engine in ("eager", "packed")
+    for name in ("packed", "openvino", "compiled"):
+        monkeypatch.setitem(engine.ENGINES, name, fail)
+    with pytest.warns(UserWarning, match="does not work here") as said:
+        assert accelerate(pair[1], 1).engine == "eager"
+    assert [str(w.message).partition(" (")[0] for w in said if "accelerate" in str(w.message)] == [
+        f"accelerate: {name} does not work here" for name in ("packed", "openvino", "compiled")]
+    monkeypatch.setitem(engine.ENGINES, "eager", fail)
+    with pytest.raises(type(error)):
+        accelerate(pair[1], 1)
 
 
 def test_packed_weights_are_a_copy_of_their_own(pair):

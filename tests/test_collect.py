@@ -300,11 +300,13 @@ def test_gains_are_of_the_newest_file_and_the_fastest_engines(tree):
     collect.collect(write(tree, good()))
     assert "| deit_small | tokens 0.7 | float16 | 1.60 | **2.00** (4 to 2 ms) |" in (tree / "README.md").read_text()
     row = {"dtype": "float16", "batch": 1}
-    later = {"date": "2999-01-01T00:00:00+00:00", "machine": good()["machine"], "models": [
+    later = {"date": "2999-01-01T00:00:00+09:00", "machine": good()["machine"], "models": [
         {"model": "deit_small_patch16_224", "tokens": 0.7, "heads": None, "hidden": 0.5, "flops_ratio": 2.5, "rows": [
             row | {"dense_ms": 3.0, "pruned_ms": 2.0}, row | {"dense_ms": 110.4, "pruned_ms": 1.5}, row | {"batch": 8, "dense_ms": 150.4,
                                                                                                    "pruned_ms": 120.2}]}]}
     (render.RESULTS / "models_later.json").write_text(json.dumps(later))
+    earlier = later | {"date": "2998-12-31T12:00:00-01:00", "models": [later["models"][0] | {"hidden": 0.25}]}  # by two hours
+    (render.RESULTS / "models_sorts_last.json").write_text(json.dumps(earlier))
     render.main()
     lines = (tree / "README.md").read_text().splitlines()
     assert lines[1].startswith("Tesla T4, 2 threads, torch 2.15.0+cu132")

@@ -221,7 +221,7 @@ def test_parts_that_are_watched_or_wrapped_are_called(name):
 
 
 def test_a_predictor_of_ones_own_is_called():
-    """A subclass with another forward, and one that shares nothing with ours."""
+    """A subclass with another forward, one that shares nothing with ours, and what TorchScript made of ours."""
     class Colder(TokenPredictor):
         def forward(self, patches, policy=None):
             return (super().forward(patches, policy) / 2).log_softmax(-1)
@@ -231,9 +231,30 @@ def test_a_predictor_of_ones_own_is_called():
             return torch.stack([patches.mean(-1), -patches.mean(-1)], -1).log_softmax(-1)
 
     x, _, mask = case(2, 16, 32, True)
-    for predictor in (Colder(32).double(), Bright()):
+    ours = TokenPredictor(32).double()
+    for predictor in (Colder(32).double(), Bright(), torch.jit.script(ours), torch.jit.trace(ours, (x, mask))):
         with torch.no_grad():
             torch.testing.assert_close(ops.score_tokens(x, predictor, mask), predictor(x, mask)[..., 0].exp().logit())
+
+
+def test_predictors_that_cast_by_themselves_are_called():
+    """By a hook, and by a first layer that was replaced; it needs none of the attributes of a linear layer."""
+    class Within(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x)
+
+    x, predictor, _ = case(2, 16, 32, False)
+    predictor.register_forward_pre_hook(lambda m, args: (args[0].double(), *args[1:]))
+    wrapped = copy.deepcopy(predictor)
+    wrapped.in_conv[1] = Within(wrapped.in_conv[1])
+    with torch.no_grad():
+        expected = predictor(x.float())[..., 0].exp().logit()
+        for one in (predictor, wrapped):
+            torch.testing.assert_close(ops.score_tokens(x.float(), one), expected)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="nothing of Triton's")

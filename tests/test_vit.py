@@ -372,6 +372,11 @@ def test_a_layer_without_heads_gives_every_parameter_a_gradient(x, make):
     assert y.dtype == torch.bfloat16 and not torch.autograd.grad(y.sum(), policy)[0].any()
 
 
+def test_live_may_be_any_iterable():
+    assert PrunedAttention(64, num_heads=4, live=iter([0, 2])).live.tolist() == [0, 2]
+    assert PrunedMlp(64, hidden_features=256, live=filter(None, [1])).live.tolist() == [1]
+
+
 def test_modules_that_are_masked_are_not_revived(x):
     model = vit(attn_layer=PrunedAttention, mlp_layer=PrunedMlp)
     model.blocks[1].attn.set_live([0])

@@ -27,8 +27,8 @@ def accelerate(model: nn.Module, batch_size: int, dtype: torch.dtype = torch.flo
     """A copy of `model` made fast for one batch size: a callable module, images [batch_size, C, H, W] -> logits.
 
     On a GPU the whole model is one CUDA graph; a dense one is tried in this package's modules too. On a CPU plain evaluation, the
-    same with weights laid out beforehand, and torch.compile are tried (this takes up to a minute). The fastest is kept; `.engine` says
-    which. Images are cast to dtype and device. The argument is untouched.
+    same with weights laid out beforehand, OpenVINO where it is installed, and torch.compile are tried (this takes up to a minute or two).
+    The fastest is kept; `.engine` says which. Images are cast to dtype and device. The argument is untouched.
     device: the model's own by default. Raises ValueError for models whose shapes depend on the image (`threshold`, on a GPU).
     """
     from .measure import image_size
@@ -43,21 +43,22 @@ def accelerate(model: nn.Module, batch_size: int, dtype: torch.dtype = torch.flo
     copied = copy.deepcopy(model).to(device, dtype).eval()
     images = torch.randn(batch_size, *(input_size or image_size(model)), device=device, dtype=dtype)
     engines: dict[str, Engine] = {}
-    for name in ("cuda_graph", "modules:cuda_graph") if device.type == "cuda" else ("eager", "packed", "compiled"):
+    for name in ("cuda_graph", "modules:cuda_graph") if device.type == "cuda" else ("eager", "packed", "openvino", "compiled"):
         if name == "modules:cuda_graph" and hasattr(model, "learning"):  # in our modules already
             continue
         try:
             engine = build(name, copied, images)
             engine(images)
         except Exception as e:
-            if name == "compiled":  # no compiler, or one that does not work: plain evaluation serves
-                warnings.warn(f"accelerate: torch.compile does not work here ({type(e).__name__}: {str(e).splitlines()[0]})", stacklevel=2)
-            elif not isinstance(e, Unavailable):
+            if not engines:
                 raise
+            if not isinstance(e, Unavailable):  # no compiler, say: another engine serves
+                why = (str(e).splitlines() or [""])[0]
+                warnings.warn(f"accelerate: {name} does not work here ({type(e).__name__}: {why})", stacklevel=2)
         else:
             engines[name] = engine
     best = fastest(engines, images) if len(engines) > 1 else next(iter(engines))
-    return Accelerated(copied, best, engines[best], images)
+    return Accelerated(getattr(engines[best], "model", copied), best, engines[best], images)
 
 
 class Accelerated(nn.Module):

@@ -21,9 +21,10 @@ class Live:
         name, device = type(self).__name__, device or next(self.parameters()).device
         if ids is not None:
             try:
-                if any(isinstance(i, bool) or getattr(i, "dtype", None) == torch.bool for i in ids):  # a mask, not ids
+                whole = list(ids)
+                if any(isinstance(i, bool) or getattr(i, "dtype", None) == torch.bool for i in whole):  # a mask, not ids
                     raise TypeError
-                whole = [operator.index(i) for i in ids]
+                whole = [operator.index(i) for i in whole]
             except TypeError:
                 raise TypeError(f"{name}: live must be ids of {kind}, got {ids!r}") from None
             ids = whole

@@ -21,46 +21,51 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
     bool [B, N]: patches that the image still has (None: all; scores of the others mean nothing). Returns [B, N].
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
-    shape, device = patches.shape, patches.device
+    shape, device, dtype = patches.shape, patches.device, patches.dtype
+    layers = _layers(predictor)
+    if layers is not None:
+        C = layers[1].in_features
+        (len(shape) == 3 and shape[-1] == C) or fail(OP, "patches", f"[B, N, {C}]", shape)
     if mask is not None:
         mask.shape == shape[:2] or fail(OP, "mask", f"[B, N] = {tuple(shape[:2])}", mask.shape)
         mask.dtype == torch.bool or fail(OP, "mask", "bool", mask.dtype)
-    if type(predictor).forward is not TokenPredictor.forward:  # somebody's own, of which nothing else is known
         on_device(OP, "patches", device, mask=mask)
+    if layers is None:  # somebody's own, of which nothing else is known
         return call(OP, plain_form(OP, "reference"), patches, predictor, mask)
-    layers = _layers(predictor, "in_conv") + _layers(predictor, "out_conv")
-    norm, first, C = layers[0], layers[1], layers[1].in_features
-    (len(shape) == 3 and shape[-1] == C) or fail(OP, "patches", f"[B, N, {C}]", shape)
-    on_device(OP, "patches", device, mask=mask)
-    if isinstance(weight := weight_and_bias(first)[0], Tensor):  # a quantised layer has none
-        on_device(OP, "patches", device, predictor=weight)
-        (weight.dtype == patches.dtype or autocasts(device)) or fail(OP, "patches", f"{weight.dtype}, as the predictor's weights",
-                                                                      patches.dtype)
-    plain, size = _plain(predictor, layers, patches.dtype), large(shape[0] * shape[1])  # asked always: a trace is checked without gradients
-    if not plain or torch.is_grad_enabled() or autocasts(device):  # no reason to fail where a kernel is forced for the other operators
-        name = plain_form(OP, "split" if plain else "reference")
-    else:
-        name = choose(OP, device, patches.dtype, large=size)
+    weights = [weight_and_bias(layers[i]) for i in (0, 1, 3, 5, 7)]
+    on_device(OP, "patches", device, predictor=weights[1][0])
+    cast = autocasts(device)
+    weights[1][0].dtype == dtype or cast or fail(OP, "patches", f"{weights[1][0].dtype}, as the predictor's weights", dtype)
+    plain = _plain(layers, weights, dtype)
+    kernel = plain and not torch.is_grad_enabled() and not cast  # no reason to fail where one is forced for the other operators
+    size = large(shape[0] * shape[1]) if kernel or torch.jit.is_tracing() else None  # a trace is checked without gradients
+    name = choose(OP, device, dtype, large=size) if kernel else plain_form(OP, "split" if plain else "reference")
     if find(OP, name).composite:
         return call(OP, name, patches, predictor, mask)
-    return call(OP, name, patches, *weight_and_bias(norm), norm.eps,
-                *(t for layer in layers if type(layer) is nn.Linear for t in weight_and_bias(layer)), mask)
+    return call(OP, name, patches, *weights[0], layers[0].eps, *(t for both in weights[1:] for t in both), mask)
 
 
-def _plain(predictor: nn.Module, layers: list[nn.Module], dtype: torch.dtype) -> bool:
-    """Whether weights are all that tells this predictor from any other of its width and that dtype, and nobody watches it."""
+def _layers(predictor: nn.Module) -> list[nn.Module] | None:
+    """The layers of a `TokenPredictor` as it was made, called or replaced by nobody else; None of any other."""
+    if getattr(type(predictor), "forward", None) is not TokenPredictor.forward:
+        return None
+    layers = _parts(predictor, "in_conv") + _parts(predictor, "out_conv")
     if [type(m) for m in layers] != KINDS or any(layers[i].approximate != "none" for i in (2, 4, 6)) or layers[8].dim not in (-1, 2):
-        return False
+        return None
     if any(watched(m) or "forward" in m.__dict__ for m in (predictor, predictor.in_conv, predictor.out_conv, *layers)):
-        return False
-    C, weights = layers[1].in_features, [weight_and_bias(layers[i]) for i in (0, 1, 3, 5, 7)]
-    given = [t for both in weights for t in both if t is not None]
+        return None
+    return layers
+
+
+def _plain(layers: list[nn.Module], weights: list[tuple[Tensor | None, Tensor | None]], dtype: torch.dtype) -> bool:
+    """Whether weights of that dtype are all that tells these layers from any others of their width."""
+    C, given = layers[1].in_features, [t for both in weights for t in both if t is not None]
     if weights[0][0] is None or any(t.dtype != dtype or type(t) not in (Tensor, nn.Parameter) for t in given):
         return False
     return [w.shape for w, _ in weights] == [(C,), (C, C), (C // 2, C), (C // 4, C // 2), (2, C // 4)]
 
 
-def _layers(predictor: nn.Module, name: str) -> list[nn.Module]:
+def _parts(predictor: nn.Module, name: str) -> list[nn.Module]:
     return [*getattr(predictor, name)._modules.values()]  # an index or a slice of a Sequential takes longer than a small product
 
 
@@ -72,8 +77,8 @@ def reference(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Ten
 
 def split(patches: Tensor, predictor: nn.Module, mask: Tensor | None) -> Tensor:
     """Without the concatenation: the shared half of its product is one vector an image, and two logits need no softmax."""
-    norm, first, _ = _layers(predictor, "in_conv")
-    second, _, third, _, last, _ = _layers(predictor, "out_conv")
+    norm, first, _ = _parts(predictor, "in_conv")
+    second, _, third, _, last, _ = _parts(predictor, "out_conv")
     x = linear(by_module(norm, patches), *weight_and_bias(first), gelu=True)
     local, shared = x.chunk(2, dim=-1)
     if mask is None:
