@@ -238,19 +238,11 @@ def test_a_predictor_of_ones_own_is_called():
 
 
 def test_predictors_that_cast_by_themselves_are_called():
-    """By a hook, and by a first layer that was replaced; it needs none of the attributes of a linear layer."""
-    class Within(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x)
-
+    """By a hook, also where the first layer was replaced by one without the attributes of a linear layer."""
     x, predictor, _ = case(2, 16, 32, False)
     predictor.register_forward_pre_hook(lambda m, args: (args[0].double(), *args[1:]))
     wrapped = copy.deepcopy(predictor)
-    wrapped.in_conv[1] = Within(wrapped.in_conv[1])
+    wrapped.in_conv[1] = torch.nn.Sequential(wrapped.in_conv[1])
     with torch.no_grad():
         expected = predictor(x.float())[..., 0].exp().logit()
         for one in (predictor, wrapped):
