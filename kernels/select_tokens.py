@@ -26,7 +26,8 @@ def _order_keys(scores, WIDE: tl.constexpr):
     return keys
 
 
-@triton.jit
+# Not specialised: what differs from schedule to schedule and picture to picture, of which each would be compiled anew.
+@triton.jit(do_not_specialize=["P", "N", "K", "score_batch"])
 def select_tokens_kernel(
     x, scores, tokens, ids,
     P, N, K, C,
@@ -62,7 +63,7 @@ def select_tokens_kernel(
         tl.store(out, value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P", "N", "K"])
 def select_tokens_backward_kernel(
     dtokens, ids, dx,
     P, N, K, C,

@@ -40,27 +40,28 @@ OPERATORS = {
     "policy_attention: k must be like q, (2, 3, 5, 4), got (2, 3, 6, 4)": lambda: ops.policy_attention(q(), q(2, 3, 6, 4), q(), Z(2, 5)),
     "policy_attention: v must be of q's dtype torch.float32, got torch.float16":
         lambda: ops.policy_attention(q(), q(), q().half(), Z(2, 5)),
-    "policy_attention: q must be floating point, got torch.int64":
+    "policy_attention: q must be a float of 16, 32 or 64 bits, got torch.int64":
         lambda: ops.policy_attention(q().long(), q().long(), q().long(), Z(2, 5)),
     "policy_attention: policy must be [B, N] = (2, 5), got (2, 4)": lambda: ops.policy_attention(q(), q(), q(), Z(2, 4)),
-    "policy_attention: policy must be floating point (a boolean mask has no gradient), got torch.bool":
+    "policy_attention: policy must be a float of 16, 32 or 64 bits, got torch.bool":
         lambda: ops.policy_attention(q(), q(), q(), Z(2, 5).bool()),
     "policy_attention: k must be on q's device cpu, got meta": lambda: ops.policy_attention(q(), q().to("meta"), q(), Z(2, 5)),
     "policy_attention: policy must be on q's device cpu, got meta": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5, device="meta")),
-    "policy_attention: scale must be a number (it has no gradient), got tensor(1.)":
+    "policy_attention: scale must be a finite number (it has no gradient), got tensor(1.)":
         lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), scale=torch.tensor(1.0)),
     "policy_attention: eps must be a finite number >= 0, got 'tiny'": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps="tiny"),
-    "short_attention: scale must be a number (it has no gradient), got '1/8'":
+    "short_attention: scale must be a finite number (it has no gradient), got '1/8'":
         lambda: ops.short_attention(Z(2, 5, 36), num_heads=3, scale="1/8"),
     "expand_rows: fill must be one of torch.int64, as rows, got 2.5":
         lambda: ops.expand_rows(Z(1, 2).long(), IDS([0, 1]), torch.ones(1, 1, dtype=torch.bool), fill=2.5),
     "expand_rows: fill must be one of torch.bool, as rows, got 2":
         lambda: ops.expand_rows(Z(1, 2).bool(), IDS([0, 1]), torch.ones(1, 1, dtype=torch.bool), fill=2),
-    "add_norm: weight must be floating point, got torch.int64": lambda: ops.add_norm(Z(2, 4), Z(2, 4), Z(4).long(), None, 1e-6),
-    "layer_norm: bias must be floating point, got torch.bool": lambda: ops.layer_norm(Z(2, 4), Z(4), Z(4).bool(), 1e-6),
-    "sliced_linear: x must be floating point, got torch.int64":
+    "add_norm: weight must be a float of 16, 32 or 64 bits, got torch.int64":
+        lambda: ops.add_norm(Z(2, 4), Z(2, 4), Z(4).long(), None, 1e-6),
+    "layer_norm: bias must be a float of 16, 32 or 64 bits, got torch.bool": lambda: ops.layer_norm(Z(2, 4), Z(4), Z(4).bool(), 1e-6),
+    "sliced_linear: x must be a float of 16, 32 or 64 bits, got torch.int64":
         lambda: ops.sliced_linear(Z(2, 4).long(), Z(4, 4), None, IDS([0]), side="out", width=2),
-    "sliced_mlp: x must be floating point, got torch.int64":
+    "sliced_mlp: x must be a float of 16, 32 or 64 bits, got torch.int64":
         lambda: ops.sliced_mlp(Z(2, 4).long(), Z(4, 4), None, Z(4, 4), None, IDS([0]), width=2),
     "split_qkv: qkv must be [B, N, 3*H*D], got (3, 5)": lambda: ops.split_qkv(Z(3, 5), 1),
     "split_qkv: num_heads must be a divisor of 24 / 3 channels, got 3": lambda: ops.split_qkv(Z(2, 5, 24), 3),
@@ -74,14 +75,14 @@ OPERATORS = {
         lambda: ops.short_attention(Z(5, 36), num_heads=3, cu_seqlens=IDS([0, 5]), max_seqlen=6.0),
     "short_attention: cu_seqlens must be int32 [B+1], got torch.int64 (2,)":
         lambda: ops.short_attention(Z(5, 36), num_heads=3, cu_seqlens=torch.tensor([0, 5]), max_seqlen=5),
-    "short_attention: qkv must be floating point, got torch.int64":
+    "short_attention: qkv must be a float of 16, 32 or 64 bits, got torch.int64":
         lambda: ops.short_attention(Z(2, 5, 36).long(), num_heads=3),
     "short_attention: cu_seqlens must be on qkv's device cpu, got meta":
         lambda: ops.short_attention(Z(5, 36), num_heads=3, cu_seqlens=IDS([0, 5]).to("meta"), max_seqlen=5),
     "short_attention: max_seqlen must be an int >= 0 with cu_seqlens, got None":
         lambda: ops.short_attention(Z(5, 36), num_heads=3, cu_seqlens=IDS([0, 5])),
     "select_tokens: x must be [B, P+N, C], got (5, 4)": lambda: ops.select_tokens(Z(5, 4), Z(1, 4), 2),
-    "select_tokens: x must be floating point, got torch.int64": lambda: ops.select_tokens(Z(1, 5, 4).long(), Z(1, 4), 2),
+    "select_tokens: x must be a float of 16, 32 or 64 bits, got torch.int64": lambda: ops.select_tokens(Z(1, 5, 4).long(), Z(1, 4), 2),
     "select_tokens: scores must be [B, N] = (1, 4), got (1, 5)": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 5), 2),
     "select_tokens: k must be an int in 0..4, got 5": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 4), 5),
     "select_tokens: k must be an int in 0..4, got -1": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 4), -1),
@@ -120,18 +121,18 @@ OPERATORS = {
     "sliced_linear: w must be torch.float32 as x, got torch.float16":
         lambda: ops.sliced_linear(Z(2, 8), Z(16, 8).half(), None, IDS([0]), side="out", width=4),
     "add_norm: eps must be a number >= 0, got nan": lambda: ops.add_norm(Z(2, 8), Z(2, 8), Z(8), Z(8), float("nan")),
-    "add_norm: weight must be [C] = (8,), got None": lambda: ops.add_norm(Z(2, 8), Z(2, 8), None, Z(8), 1e-6),
+    "add_norm: weight must be a tensor, got None": lambda: ops.add_norm(Z(2, 8), Z(2, 8), None, Z(8), 1e-6),
     "add_norm: bias must be torch.float32 as weight, got torch.float16": lambda: ops.add_norm(Z(2, 8), Z(2, 8), Z(8), Z(8).half(), 1e-6),
     "layer_norm: eps must be a number >= 0, got '1'": lambda: ops.layer_norm(Z(2, 8), Z(8), Z(8), "1"),
     "layer_norm: eps must be a number >= 0, got -1": lambda: ops.layer_norm(Z(2, 8), Z(8), Z(8), -1),
-    "layer_norm: weight must be [C] = (8,), got None": lambda: ops.layer_norm(Z(2, 8), None, Z(8), 1e-6),
+    "layer_norm: weight must be a tensor, got None": lambda: ops.layer_norm(Z(2, 8), None, Z(8), 1e-6),
     "sliced_mlp: w2 must be [C, F] with F = 16, got (8, 15)":
         lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 15), None, IDS([0]), width=4),
     "sliced_mlp: width must be a positive int that divides F = 16, got 4.0":
         lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 16), None, IDS([0]), width=4.0),
     "sliced_mlp: b1 must be [16], got (8,)": lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), Z(8), Z(8, 16), None, IDS([0]), width=4),
     "add_norm: x must be [..., C], got ()": lambda: ops.add_norm(Z(()), Z(()), Z(1), Z(1), 1e-6),
-    "add_norm: x must be floating point, got torch.int64": lambda: ops.add_norm(Z(2, 4).long(), Z(2, 4), Z(4), Z(4), 1e-6),
+    "add_norm: x must be a float of 16, 32 or 64 bits, got torch.int64": lambda: ops.add_norm(Z(2, 4).long(), Z(2, 4), Z(4), Z(4), 1e-6),
     "add_norm: residual must be like x, (2, 5, 4), got (2, 4, 4)": lambda: ops.add_norm(Z(2, 5, 4), Z(2, 4, 4), Z(4), Z(4), 1e-6),
     "add_norm: weight must be [C] = (4,), got (5,)": lambda: ops.add_norm(Z(2, 5, 4), Z(2, 5, 4), Z(5), Z(4), 1e-6),
     "add_norm: gamma must be on x's device cpu, got meta":
@@ -142,6 +143,23 @@ OPERATORS = {
         lambda: ops.score_tokens(Z(1, 5, 8).double(), TokenPredictor(8)),
     "score_tokens: predictor must be on patches's device cpu, got meta":
         lambda: ops.score_tokens(Z(1, 5, 8), TokenPredictor(8).to("meta")),
+    "policy_attention: policy must be a tensor, got None": lambda: ops.policy_attention(q(), q(), q(), None),
+    "policy_attention: q must be a float of 16, 32 or 64 bits, got torch.float8_e4m3fn":
+        lambda: ops.policy_attention(*3 * [q().to(torch.float8_e4m3fn)], Z(2, 5)),
+    "policy_attention: scale must be a finite number (it has no gradient), got nan":
+        lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), scale=math.nan),
+    "policy_attention: eps must be a finite number >= 0, got True": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps=True),
+    "short_attention: max_seqlen must be None without cu_seqlens, got 5":
+        lambda: ops.short_attention(Z(2, 5, 36), num_heads=3, max_seqlen=5),
+    "select_tokens: k must be an int in 0..4, got tensor(2)": lambda: ops.select_tokens(Z(1, 5, 4), Z(1, 4), torch.tensor(2)),
+    "compact_tokens: keep must be a tensor, got [[True]]": lambda: ops.compact_tokens(Z(1, 1, 4), [[True]]),
+    "sliced_linear: live must be a tensor, got [0]": lambda: ops.sliced_linear(Z(2, 8), Z(8, 8), None, [0], side="out", width=4),
+    "sliced_mlp: width must be a positive int, got -3": lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 16), None, None, width=-3),
+    "sliced_mlp: residual must be a float of 16, 32 or 64 bits, got torch.int64":
+        lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 16), None, None, residual=Z(2, 8).long()),
+    "sliced_mlp: residual must be a tensor, got [0]": lambda: ops.sliced_mlp(Z(2, 8), Z(16, 8), None, Z(8, 16), None, None, residual=[0]),
+    "score_tokens: predictor must be a module, got None": lambda: ops.score_tokens(Z(1, 5, 8), None),
+    "score_tokens: mask must be a tensor, got [1]": lambda: ops.score_tokens(Z(1, 5, 8), TokenPredictor(8), [1]),
     "backend: name must be one of": lambda: ops.backend("tritn").__enter__(),
 }
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..native import add_norm as native
 from ..native.add_norm import alike, outputs
-from .checks import fail, is_eps, on_device
+from .checks import check_float, check_tensors, fail, is_eps
+from .layer_norm import reference as normalised
 from .registry import Backend, call, choose, define, find, gradient, large, run, serve
 from .triton import kernel, triton
 
@@ -20,19 +21,16 @@ def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, e
     x, residual [..., C]; weight, bias, gamma [C] (bias and gamma may be None). Returns (s, normalised), both [..., C].
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
+    check_tensors(OP, ("bias", "gamma"), x=x, residual=residual, weight=weight, bias=bias, gamma=gamma)
     shape, dtype, device = x.shape, x.dtype, x.device
     shape or fail(OP, "x", "[..., C]", shape)
-    dtype.is_floating_point or fail(OP, "x", "floating point", dtype)
+    check_float(OP, x=x, residual=residual, weight=weight, bias=bias, gamma=gamma)
     residual.shape == shape or fail(OP, "residual", f"like x, {tuple(shape)}", residual.shape)
     *rows, C = shape
-    weight is None and fail(OP, "weight", f"[C] = {(C,)}", weight)
     is_eps(eps) or fail(OP, "eps", "a number >= 0", repr(eps))
     for name, t in (("weight", weight), ("bias", bias), ("gamma", gamma)):
-        if t is not None:
-            t.shape == (C,) or fail(OP, name, f"[C] = {(C,)}", t.shape)
-            t.dtype.is_floating_point or fail(OP, name, "floating point", t.dtype)
+        t is None or t.shape == (C,) or fail(OP, name, f"[C] = {(C,)}", t.shape)
     bias is None or bias.dtype == weight.dtype or fail(OP, "bias", f"{weight.dtype} as weight", bias.dtype)
-    on_device(OP, "x", device, residual=residual, weight=weight, bias=bias, gamma=gamma)
     # A branch on the size, not the size: a graph traced with dynamic sizes needs constants to choose by.
     facts = {"residual": residual.dtype, "weight": weight.dtype, "gamma": (weight if gamma is None else gamma).dtype,
              "wide": True if C > 4096 else False, "large": large(prod(rows))}
@@ -43,8 +41,7 @@ def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, 
               eps: float) -> tuple[Tensor, Tensor]:
     """The definition."""
     s = x + (residual if gamma is None else residual * gamma)
-    y = torch.layer_norm(s, s.shape[-1:], weight, bias, eps)
-    return s, y if y.dtype == s.dtype else y.to(s.dtype)  # CUDA's autocast makes it float32, which no kernel does
+    return s, normalised(s, weight, bias, eps).to(s.dtype)  # CUDA's autocast makes it float32, which no kernel does
 
 
 def _backward(ds, dy, s, residual, weight, gamma, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

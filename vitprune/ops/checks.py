@@ -1,15 +1,30 @@
 """Checks of operators' arguments."""
+import math
 import numbers
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
-def on_device(op: str, of: str, device: torch.device, **tensors: Tensor | None) -> None:
-    """Every tensor given must be on the device of argument `of`."""
+
+def check_tensors(op: str, optional: tuple[str, ...] = (), **given) -> None:
+    """Every argument must be a tensor, or None where it is optional, and all on the device of the first."""
+    first = None
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            t is None and name in optional or fail(op, name, "a tensor", f"{t!r:.80}")
+        elif first is None:
+            first, device = name, t.device
+        elif t.device != device:
+            fail(op, name, f"on {first}'s device {device}", t.device)
+
+
+def check_float(op: str, **tensors: Tensor | None) -> None:
+    """Every tensor given must be of a dtype that PyTorch computes in."""
     for name, t in tensors.items():
-        t is None or t.device == device or fail(op, name, f"on {of}'s device {device}", t.device)
+        t is None or t.dtype in FLOATS or fail(op, name, "a float of 16, 32 or 64 bits", t.dtype)
 
 
 def is_int(value) -> bool:
@@ -19,7 +34,12 @@ def is_int(value) -> bool:
 
 def is_number(value) -> bool:
     """Whether that is a real number that no gradient could belong to."""
-    return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt))
+    return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+
+
+def is_finite(value) -> bool:
+    """Whether that is such a number, neither infinite nor NaN."""
+    return is_number(value) and -math.inf < value < math.inf
 
 
 def is_eps(value) -> bool:

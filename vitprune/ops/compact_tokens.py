@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from ..native import compact_tokens as native
-from .checks import fail, is_int, is_number, on_device, values
+from .checks import check_tensors, fail, is_int, is_number, values
 from .registry import Backend, call, choose, define, find, gradient, large, run, serve
 from .triton import triton
 
@@ -18,8 +18,11 @@ def compact_tokens(x: Tensor, keep: Tensor, *, capacity: int | None = None) -> t
     CPU in eager mode and B*N elsewhere, so that nothing waits for the device.
     Raises ValueError for shapes that do not fit; more kept tokens than capacity raise RuntimeError (on a GPU: later).
     """
-    _check(OP, x, "x", keep)
-    capacity is None or (is_int(capacity) and capacity >= 0) or fail(OP, "capacity", "an int >= 0", capacity)
+    check_tensors(OP, x=x, keep=keep)
+    x.dim() == 3 or fail(OP, "x", "[B, N, C]", x.shape)
+    keep.dtype == torch.bool or fail(OP, "keep", "bool", keep.dtype)
+    keep.shape == x.shape[:2] or fail(OP, "keep", f"[B, N] = {tuple(x.shape[:2])}", keep.shape)
+    capacity is None or (is_int(capacity) and capacity >= 0) or fail(OP, "capacity", "an int >= 0", repr(capacity))
     if capacity is None:
         static = x.device.type != "cpu" or torch.compiler.is_compiling()
         capacity = keep.numel() if static else int(keep.sum())
@@ -31,13 +34,13 @@ def expand_rows(rows: Tensor, cu_seqlens: Tensor, keep: Tensor, *, fill: float =
 
     Raises ValueError for shapes or devices that do not fit together, and on a CPU for cu_seqlens that are not those of keep.
     """
+    check_tensors(INVERSE, rows=rows, cu_seqlens=cu_seqlens, keep=keep)
     rows.dim() == 2 or fail(INVERSE, "rows", "[R, C]", rows.shape)
     (keep.dim() == 2 and keep.dtype == torch.bool) or fail(INVERSE, "keep", "bool [B, N]", f"{keep.dtype} {tuple(keep.shape)}")
     cu_seqlens.shape == (keep.shape[0] + 1,) or fail(INVERSE, "cu_seqlens", f"[B+1] = {(keep.shape[0] + 1,)}", cu_seqlens.shape)
     cu_seqlens.dtype in (torch.int32, torch.int64) or fail(INVERSE, "cu_seqlens", "int32 or int64", cu_seqlens.dtype)
-    is_number(fill) or fail(INVERSE, "fill", "a number", fill)
+    is_number(fill) or isinstance(fill, bool) or fail(INVERSE, "fill", "a number", repr(fill))
     rows.dtype.is_floating_point or _holds(rows.dtype, fill) or fail(INVERSE, "fill", f"one of {rows.dtype}, as rows", fill)
-    on_device(INVERSE, "rows", rows.device, cu_seqlens=cu_seqlens, keep=keep)
     if (ends := values(cu_seqlens)) is not None:
         counted = _sequence_starts(keep).tolist()
         ends == counted or fail(INVERSE, "cu_seqlens", f"keep's counts, summed, {str(counted):.100}", f"{str(ends):.100}")
@@ -49,13 +52,6 @@ def _holds(dtype: torch.dtype, value: float) -> bool:
     """Whether an integer or boolean dtype has that number."""
     least, most = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
     return least <= value <= most and value == int(value)
-
-
-def _check(op: str, x: Tensor, name: str, keep: Tensor) -> None:
-    x.dim() == 3 or fail(op, name, "[B, N, C]", x.shape)
-    keep.dtype == torch.bool or fail(op, "keep", "bool", keep.dtype)
-    keep.shape == x.shape[:2] or fail(op, "keep", f"[B, N] = {tuple(x.shape[:2])}", keep.shape)
-    on_device(op, name, x.device, keep=keep)
 
 
 def _sequence_starts(keep: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from .checks import fail, is_eps, on_device
+from .checks import check_float, check_tensors, fail, is_eps
 from .linear import weight_and_bias
 from .registry import Backend, autocasts, call, choose, define, find, large, serve
 from .triton import triton
@@ -18,18 +18,15 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     x [..., C]; weight and bias [C], bias may be None. Returns [..., C]. Raises ValueError for shapes, dtypes or devices that do not fit
     together.
     """
+    check_tensors(OP, ("bias",), x=x, weight=weight, bias=bias)
     x.dim() > 0 or fail(OP, "x", "[..., C]", x.shape)
     dtype, device = x.dtype, x.device
-    dtype.is_floating_point or fail(OP, "x", "floating point", dtype)
+    check_float(OP, x=x, weight=weight, bias=bias)
     *rows, C = x.shape
-    weight is None and fail(OP, "weight", f"[C] = {(C,)}", weight)
     is_eps(eps) or fail(OP, "eps", "a number >= 0", repr(eps))
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            t.shape == (C,) or fail(OP, name, f"[C] = {(C,)}", t.shape)
-            t.dtype.is_floating_point or fail(OP, name, "floating point", t.dtype)
+        t is None or t.shape == (C,) or fail(OP, name, f"[C] = {(C,)}", t.shape)
     bias is None or bias.dtype == weight.dtype or fail(OP, "bias", f"{weight.dtype} as weight", bias.dtype)
-    on_device(OP, "x", device, weight=weight, bias=bias)
     facts = {"weight": weight.dtype, "wide": True if C > 4096 else False, "large": large(prod(rows))}
     if autocasts(device):
         facts["autocast"] = True
@@ -45,8 +42,12 @@ def by_module(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """The definition."""
-    return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    """The definition, in the wider of two dtypes."""
+    if weight.dtype == x.dtype:
+        return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    y = torch.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias if bias is None else bias.to(wide), eps)
+    return y.to(x.dtype)
 
 
 define(OP, "(Tensor x, Tensor weight, Tensor? bias, float eps, str backend) -> Tensor",

@@ -2,14 +2,13 @@
 
 Source: Rao et al., DynamicViT (2021), eq. 8-11, with the official code's eps.
 """
-import math
 
 import torch
 from torch import Tensor
 
 from ..native import policy_attention as native
 from . import registry
-from .checks import fail, is_int, is_number, on_device
+from .checks import check_float, check_tensors, fail, is_finite, is_int
 from .registry import Backend, call, choose, define, find, gradient, large, run, serve
 from .triton import kernel, triton
 
@@ -28,7 +27,7 @@ def policy_attention(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, *, scale: 
     Raises ValueError for arguments whose shapes, dtypes or devices do not fit together.
     """
     B, H, N, D = _check(q, k, v, policy, eps)
-    scale is None or is_number(scale) or fail(OP, "scale", "a number (it has no gradient)", repr(scale))
+    scale is None or is_finite(scale) or fail(OP, "scale", "a finite number (it has no gradient)", repr(scale))
     if q.numel() == 0:
         return v + 0 * (q + k + policy.sum())  # each has a gradient
     fits = True if D % 16 == 0 and 16 <= D <= 128 else False  # a branch, not the size: a graph with dynamic sizes has none to choose by
@@ -67,9 +66,10 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
     step of DeiT-S on an H200 took nearly as long as the gradient of the keys; it shares its memory with theirs. Raises ValueError where
     heads do not divide the channels.
     """
+    check_tensors("split_qkv", qkv=qkv)
     qkv.dim() == 3 or fail("split_qkv", "qkv", "[B, N, 3*H*D]", qkv.shape)
     (is_int(num_heads) and num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0) or fail(
-        "split_qkv", "num_heads", f"a divisor of {qkv.shape[-1]} / 3 channels", num_heads)
+        "split_qkv", "num_heads", f"a divisor of {qkv.shape[-1]} / 3 channels", repr(num_heads))
     plain = not (torch.is_grad_enabled() and qkv.requires_grad) or registry.transformed()
     return _heads(qkv, num_heads) if plain else _Split.apply(qkv, num_heads)
 
@@ -79,16 +79,16 @@ def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, policy: Tensor, eps: float) -> torch.Size:
+    check_tensors(OP, q=q, k=k, v=v, policy=policy)
     q.dim() == 4 or fail(OP, "q", "[B, H, N, D]", q.shape)
     for name, t in (("k", k), ("v", v)):
         t.shape == q.shape or fail(OP, name, f"like q, {tuple(q.shape)}", t.shape)
         t.dtype == q.dtype or fail(OP, name, f"of q's dtype {q.dtype}", t.dtype)
-    q.dtype.is_floating_point or fail(OP, "q", "floating point", q.dtype)
+    check_float(OP, q=q)
     expected = (q.shape[0], q.shape[2])
     policy.shape == expected or fail(OP, "policy", f"[B, N] = {expected}", policy.shape)
-    policy.dtype.is_floating_point or fail(OP, "policy", "floating point (a boolean mask has no gradient)", policy.dtype)
-    on_device(OP, "q", q.device, k=k, v=v, policy=policy)
-    (is_number(eps) and 0 <= eps < math.inf) or fail(OP, "eps", "a finite number >= 0", repr(eps))
+    check_float(OP, policy=policy)
+    (is_finite(eps) and eps >= 0) or fail(OP, "eps", "a finite number >= 0", repr(eps))
     return q.shape
 
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..tokens import TokenPredictor
-from .checks import fail, on_device
+from .checks import check_tensors, fail
 from .layer_norm import by_module
 from .linear import linear, watched, weight_and_bias
 from .registry import Backend, autocasts, call, choose, define, find, large, plain_form, serve
@@ -21,6 +21,8 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
     bool [B, N]: patches that the image still has (None: all; scores of the others mean nothing). Returns [B, N].
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
+    check_tensors(OP, ("mask",), patches=patches, mask=mask)
+    isinstance(predictor, nn.Module) or fail(OP, "predictor", "a module", f"{predictor!r:.80}")
     shape, device, dtype = patches.shape, patches.device, patches.dtype
     layers = _layers(predictor)
     if layers is not None:
@@ -29,11 +31,10 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
     if mask is not None:
         mask.shape == shape[:2] or fail(OP, "mask", f"[B, N] = {tuple(shape[:2])}", mask.shape)
         mask.dtype == torch.bool or fail(OP, "mask", "bool", mask.dtype)
-        on_device(OP, "patches", device, mask=mask)
     if layers is None:  # somebody's own, of which nothing else is known
         return call(OP, plain_form(OP, "reference"), patches, predictor, mask)
     weights = [weight_and_bias(layers[i]) for i in (0, 1, 3, 5, 7)]
-    on_device(OP, "patches", device, predictor=weights[1][0])
+    check_tensors(OP, patches=patches, predictor=weights[1][0])
     cast = autocasts(device)
     weights[1][0].dtype == dtype or cast or fail(OP, "patches", f"{weights[1][0].dtype}, as the predictor's weights", dtype)
     plain = _plain(layers, weights, dtype)

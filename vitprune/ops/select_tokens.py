@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..native import select_tokens as native
-from .checks import fail, is_int, on_device
+from .checks import check_float, check_tensors, fail, is_int
 from .registry import Backend, call, choose, define, find, gradient, large, run, serve
 from .triton import kernel, triton
 
@@ -21,14 +21,13 @@ def select_tokens(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1) -> tupl
     int64 in 0..N-1, ascending. Ties go to the lower index; NaN ranks below everything. The gradient reaches x only.
     Raises ValueError for shapes that do not fit together and for k outside 0..N.
     """
+    check_tensors(OP, x=x, scores=scores)
     x.dim() == 3 or fail(OP, "x", "[B, P+N, C]", x.shape)
-    x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
-    (is_int(prefix) and 0 <= prefix <= x.shape[1]) or fail(OP, "prefix", f"an int in 0..{x.shape[1]}, the number of tokens", prefix)
+    check_float(OP, x=x, scores=scores)
+    (is_int(prefix) and 0 <= prefix <= x.shape[1]) or fail(OP, "prefix", f"an int in 0..{x.shape[1]}, the number of tokens", repr(prefix))
     N = x.shape[1] - prefix
     scores.shape == (x.shape[0], N) or fail(OP, "scores", f"[B, N] = {(x.shape[0], N)}", scores.shape)
-    scores.dtype.is_floating_point or fail(OP, "scores", "floating point", scores.dtype)
-    on_device(OP, "x", x.device, scores=scores)
-    (is_int(k) and 0 <= k <= N) or fail(OP, "k", f"an int in 0..{N}", k)
+    (is_int(k) and 0 <= k <= N) or fail(OP, "k", f"an int in 0..{N}", repr(k))
     many = True if N > 4096 else False  # a branch on the size, not the size: what a graph chooses by must be constant
     return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype, many=many, large=large(scores.numel())), x, scores, k, prefix)
 

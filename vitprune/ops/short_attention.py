@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import short_attention as native
-from .checks import fail, is_int, is_number, on_device, values
+from .checks import check_float, check_tensors, fail, is_finite, is_int, values
 from .registry import Backend, call, choose, define, exporting, find, gradient, interpreted, large, run, serve
 from .triton import kernel, triton
 
@@ -24,20 +24,20 @@ def short_attention(qkv: Tensor, *, num_heads: int, cu_seqlens: Tensor | None = 
     device); rows past cu_seqlens[-1] give zero. scale: D^-0.5 by default.
     Raises ValueError for arguments that do not fit together; what cu_seqlens holds is seen on a CPU only, since nothing waits for a GPU.
     """
+    check_tensors(OP, ("cu_seqlens",), qkv=qkv, cu_seqlens=cu_seqlens)
     packed, shape, dtype, device = cu_seqlens is not None, qkv.shape, qkv.dtype, qkv.device
     len(shape) == (2 if packed else 3) or fail(OP, "qkv", "[T, 3*H*D]" if packed else "[B, N, 3*H*D]", shape)
-    dtype.is_floating_point or fail(OP, "qkv", "floating point", dtype)
+    check_float(OP, qkv=qkv)
     (is_int(num_heads) and num_heads > 0 and shape[-1] % (3 * num_heads) == 0) or fail(OP, "num_heads",
-        f"a positive int that divides {shape[-1]} / 3", num_heads)
-    (max_seqlen is None and not packed) or (is_int(max_seqlen) and max_seqlen >= 0) or fail(OP, "max_seqlen",
-        "an int >= 0 with cu_seqlens", max_seqlen)
+        f"a positive int that divides {shape[-1]} / 3", repr(num_heads))
+    ((is_int(max_seqlen) and max_seqlen >= 0) if packed else max_seqlen is None) or fail(OP, "max_seqlen",
+        "an int >= 0 with cu_seqlens" if packed else "None without cu_seqlens", repr(max_seqlen))
     if packed:
         (cu_seqlens.dim() == 1 and cu_seqlens.dtype == torch.int32 and cu_seqlens.shape[0] > 0) or fail(OP, "cu_seqlens",
             "int32 [B+1]", f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
-        on_device(OP, "qkv", device, cu_seqlens=cu_seqlens)
         if (ends := values(cu_seqlens)) is not None:
             native.lengths(ends, shape[0], max_seqlen)
-    scale is None or is_number(scale) or fail(OP, "scale", "a number (it has no gradient)", repr(scale))
+    scale is None or is_finite(scale) or fail(OP, "scale", "a finite number (it has no gradient)", repr(scale))
     *rows, D = shape
     D //= 3 * num_heads
     if D == 0:

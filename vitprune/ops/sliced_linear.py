@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import sliced_product as native
-from .checks import fail, is_int, on_device, values
+from .checks import check_float, check_tensors, fail, is_int, values
 from .registry import Backend, autocasts, call, choose, define, find, gradient, large, run, serve
 from .triton import kernel, triton
 
@@ -25,15 +25,15 @@ def sliced_linear(x: Tensor, w: Tensor, b: Tensor | None, live: Tensor, *, side:
     a dead block's score can bring it back. Raises ValueError for arguments that do not fit together.
     """
     side in ("in", "out") or fail(OP, "side", "'in' or 'out'", repr(side))
+    check_tensors(OP, ("b",), x=x, w=w, b=b, live=live)
     w.dim() == 2 or fail(OP, "w", "[O, I]", w.shape)
     sliced = w.shape[0 if side == "out" else 1]
-    (is_int(width) and width > 0 and sliced % width == 0) or fail(OP, "width", f"a positive int that divides {sliced}", width)
+    (is_int(width) and width > 0 and sliced % width == 0) or fail(OP, "width", f"a positive int that divides {sliced}", repr(width))
     check_live(OP, live, sliced // width)
     inputs = w.shape[1] if side == "out" else live.shape[0] * width
     (x.dim() > 0 and x.shape[-1] == inputs) or fail(OP, "x", f"[..., {inputs}]", x.shape)
-    b is None or b.shape == w.shape[:1] or fail(OP, "b", f"[O] = {tuple(w.shape[:1])}", b if b is None else b.shape)
-    x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
-    on_device(OP, "x", x.device, w=w, b=b, live=live)
+    b is None or b.shape == w.shape[:1] or fail(OP, "b", f"[O] = {tuple(w.shape[:1])}", b.shape)
+    check_float(OP, x=x, w=w, b=b)
     autocasts(x.device) or one_dtype(OP, x, w=w, b=b)
     return call(OP, choose(OP, x.device, x.dtype, width=width, large=large(prod(x.shape[:-1]))), x, w, b, live, side, width)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..native import sliced_product as native
-from .checks import fail, is_int, on_device
+from .checks import check_float, check_tensors, fail, is_int
 from .registry import Backend, autocasts, call, choose, define, find, gradient, large, run, serve
 from .sliced_linear import as_rows, check_live, gather, one_dtype, spread
 from .triton import kernel, triton
@@ -24,22 +24,23 @@ def sliced_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor 
     Gradients of dead units are exactly zero: how a dead block can come back says `sliced_linear`.
     Raises ValueError for arguments that do not fit together.
     """
+    check_tensors(OP, ("b1", "b2", "live", "residual"), x=x, w1=w1, b1=b1, w2=w2, b2=b2, live=live, residual=residual)
     w1.dim() == 2 or fail(OP, "w1", "[F, C]", w1.shape)
     hidden, C = w1.shape
     (x.dim() > 0 and x.shape[-1] == C) or fail(OP, "x", f"[..., {C}]", x.shape)
     (w2.dim() == 2 and w2.shape[1] == hidden) or fail(OP, "w2", f"[C, F] with F = {hidden}", w2.shape)
     for name, t, n in (("b1", b1, hidden), ("b2", b2, w2.shape[0])):
-        t is None or t.shape == (n,) or fail(OP, name, f"[{n}]", t if t is None else t.shape)
+        t is None or t.shape == (n,) or fail(OP, name, f"[{n}]", t.shape)
+    (is_int(width) and width > 0 and (live is None or hidden % width == 0)) or fail(
+        OP, "width", "a positive int" + (f" that divides F = {hidden}" if live is not None else ""), repr(width))
     facts = {"width": width, "large": large(prod(x.shape[:-1]))}
     if live is None:
         facts |= {"width": 64, "dense": True}
     else:
-        (is_int(width) and width > 0 and hidden % width == 0) or fail(OP, "width", f"a positive int that divides F = {hidden}", width)
         check_live(OP, live, hidden // width)
     out = (*x.shape[:-1], w2.shape[0])
-    residual is None or residual.shape == out or fail(OP, "residual", f"{out}", residual if residual is None else residual.shape)
-    x.dtype.is_floating_point or fail(OP, "x", "floating point", x.dtype)
-    on_device(OP, "x", x.device, w1=w1, b1=b1, w2=w2, b2=b2, live=live, residual=residual)
+    residual is None or residual.shape == out or fail(OP, "residual", f"{out}", residual.shape)
+    check_float(OP, x=x, w1=w1, b1=b1, w2=w2, b2=b2, residual=residual)
     autocasts(x.device) or one_dtype(OP, x, w1=w1, b1=b1, w2=w2, b2=b2)
     name = choose(OP, x.device, x.dtype, **facts)
     if residual is not None and (autocasts(x.device) or residual.dtype != x.dtype):  # it keeps its precision
