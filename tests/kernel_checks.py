@@ -95,6 +95,17 @@ def layout(t: torch.Tensor, rng: np.random.Generator, kind: int | None = None) -
     return t
 
 
+# Tiles of the products of `sliced_mlp` and `sliced_linear`: the default ones; others; those of many rows, whatever their number.
+_NAMES = [f"{of}{size}" for of in ("", "weight_") for size in ("rows", "columns", "depth")]
+PRODUCTS = ({}, *(dict(zip(_NAMES, tile)) for tile in ((128, 64, 64, 64, 128, 64), (64, 128, 32, 128, 64, 128), (256, 64, 64, 64, 64, 64))),
+            {"large_rows": 1})
+
+
+def product_tiles(real: bool) -> tuple[int, ...]:
+    """Which of them to draw from: a card compiles each anew; the default ones take longest to interpret."""
+    return (0, 4) if not INTERPRETED else (1, 2, 3, 1, 2, 3, 0, 4) if real else (0, 1, 2, 3, 4, 4)
+
+
 def tiled(kernel: str, config: dict):
     """Launches of that module of kernels take these entries instead of the default ones."""
     if not config:

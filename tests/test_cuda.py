@@ -30,7 +30,8 @@ def nvrtc_architectures() -> list[int]:
 
 def each(known: list[int]) -> list:
     """ARCHS, and what else the compiler knows from the oldest card on that is served; all but a card of each kind in `make test-long`."""
-    return [pytest.param(arch, marks=() if arch in (75, 80, 90, 120) else pytest.mark.long) for arch in sorted({*known, *ARCHS}) if arch >= 61]
+    quick = (75, 80, 90, 120)
+    return [pytest.param(arch, marks=() if arch in quick else pytest.mark.long) for arch in sorted({*known, *ARCHS}) if arch >= 61]
 
 
 def usage(cubin: bytes, tmp_path) -> dict[str, dict[str, int]]:

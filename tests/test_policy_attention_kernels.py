@@ -51,6 +51,12 @@ def test_golden_units(name, device):
             plain = results(ops.policy_attention(*wide, scale=1.0), wide)
         for a, b, key in zip(got, plain, ("out", "gattn", "gpol")):
             within_twice(a, torch.from_numpy(golden[f"swp_{kind}_{key}"]).to(device), b)
+    q = torch.zeros(1, 1, 4, 32, device=device)
+    q[..., 3] = 30  # the score of the last key, which is dropped and leaves the others little but eps
+    with backend(name):
+        out = ops.policy_attention(q, *2 * [torch.eye(4, 32, device=device)[None, None]], torch.tensor([[1.0, 1, 1, 0]], device=device),
+                                   scale=1.0)
+    np.testing.assert_allclose(out[..., :4].cpu().numpy(), golden["swp_underflow_out"], atol=1e-6)
 
 
 @pytest.mark.parametrize("name, device", KERNELS + EMULATED + [("reference", "cpu")])

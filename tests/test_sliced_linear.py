@@ -3,7 +3,22 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from kernel_checks import ARCHS, CUDA, DEVICES, INTERPRETED, SHARED, compile_launch, counts, explore, kernels, layout, record, tiled
+from kernel_checks import (
+    ARCHS,
+    CUDA,
+    DEVICES,
+    INTERPRETED,
+    PRODUCTS,
+    SHARED,
+    compile_launch,
+    counts,
+    explore,
+    kernels,
+    layout,
+    product_tiles,
+    record,
+    tiled,
+)
 from oracles import check_operator, within_twice_unless_lucky
 
 from vitprune import native, ops
@@ -61,13 +76,14 @@ def cases(draw, real: bool):
     batch = 2 if real else draw(st.integers(0, 3))  # of 3 heads
     shape = (batch, draw(st.integers(64, 260)) if real else draw(st.integers(0, 40)))
     return {"shape": shape, "other": 192 if real else draw(st.integers(1, 50)), "width": width, "blocks": blocks, "live": live,
-            "side": draw(st.sampled_from(("in", "out"))), "bias": draw(st.booleans()), "real": real, "large": draw(st.booleans()),
+            "side": draw(st.sampled_from(("in", "out"))), "bias": draw(st.booleans()), "real": real,
+            "tiles": draw(st.sampled_from(product_tiles(real))),
             "dtype": draw(st.sampled_from((torch.float16, torch.bfloat16, torch.float32))), "seed": draw(st.integers(0, 2 ** 32 - 1))}
 
 
 def describe(case):
     return [str(case["dtype"]), case["side"], f"width={case['width']}", f"live={len(case['live'])}/{case['blocks']}",
-            *(k for k in ("bias", "real", "large") if case[k])]
+            f"tiles={case['tiles']}", *(k for k in ("bias", "real") if case[k])]
 
 
 def tensors_of(case, device):
@@ -98,7 +114,7 @@ def explored(name, device, count):
 
     def check(case):
         tensors, live, up = tensors_of(case, device)
-        with tiled("sliced_linear", {"large_rows": 1} if case["large"] else {}):
+        with tiled("sliced_linear", PRODUCTS[case["tiles"]]):
             got = run(name, tensors, live, up, case)
         plain = run("reference", tensors, live, up, case)
         for a, b, c in zip(got, plain, run("reference", tensors, live, up, case, torch.Tensor.double), strict=True):
@@ -107,6 +123,7 @@ def explored(name, device, count):
         units = [u for u in range(case["blocks"] * case["width"]) if u // case["width"] not in case["live"]]
         assert not got[2].index_select(0 if case["side"] == "out" else 1, torch.tensor(units, device=device, dtype=torch.long)).any()
     explore(check, cases(False), cases(True), count, describe)
+    print("outputs and gradients beyond twice the error:", sum(lucky), "of", len(lucky))
     assert sum(lucky) <= 3 * len(lucky) // 100
 
 
