@@ -31,11 +31,16 @@ bench: .venv/test.stamp
 bench-card: .venv/test.stamp
 	$(BIN)/python -m bench.card
 
-# On a GPU, with NVIDIA's compute-sanitizer: what reads or writes out of bounds, and what races. Compiled before, outside of it.
+# On a GPU, with NVIDIA's compute-sanitizer: what reads or writes out of bounds, and what races, of every kernel at a few sizes and in all
+# tests of edges. Compiled before, outside of it.
+SANITIZER := PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1
+EDGES := -m pytest -q -k "edges and cuda and not emulated"
 sanitize: .venv/test.stamp
 	$(BIN)/python tests/sanitize.py
-	set -e; for tool in memcheck racecheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python tests/sanitize.py; done
+	$(BIN)/python $(EDGES)
+	set -e; for tool in memcheck racecheck; do \
+	  $(SANITIZER) --tool $$tool $(BIN)/python tests/sanitize.py; \
+	  $(SANITIZER) --tool $$tool $(BIN)/python $(EDGES); done
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .

@@ -11,9 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from bench import masks
 from bench.common import main, times
-from vitprune import BlockPruning, TokenPruning, prune
+from vitprune import BlockPruning, TokenPruning, cases, prune
 from vitprune.ops import registry
 from vitprune.step import Run
 from vitprune.train import TrainConfig
@@ -63,8 +62,8 @@ def shares(name: str, batch: int, device: torch.device, training: bool) -> dict:
     dense = timm.create_model(name).to(device).eval()
     model = prune(dense, TokenPruning(0.7), BlockPruning()).to(device).eval()
     for block in model.blocks:
-        block.attn.set_live(masks.live(model.embed_dim, 0.5, "heads").tolist())
-        block.mlp.set_live(masks.live(model.embed_dim, 0.5).tolist())
+        block.attn.set_live(cases.live(model.embed_dim, 0.5, "heads").tolist())
+        block.mlp.set_live(cases.live(model.embed_dim, 0.5, "hidden").tolist())
     images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.zeros(batch, dtype=torch.long, device=device)
     trainer = Run(model, TrainConfig(backbone_frozen_epochs=0), 1000, dense) if training else None
     kind = trainer.dtype if training else torch.float16 if device.type == "cuda" else None
@@ -102,13 +101,14 @@ def shares(name: str, batch: int, device: torch.device, training: bool) -> dict:
 def rows(device: torch.device):
     """Rows over DeiT-S and DeiT-B, in evaluation and in training; half the batch where the card has too little memory."""
     one, many = (1, 128) if device.type == "cuda" else (1, 8)
-    for name in ("deit_small_patch16_224", "deit_base_patch16_224"):
-        for training, batch in ((False, one), (False, many), (True, many)):
-            while batch:
+    for training, batch in ((False, many), (True, many), (False, one)):  # a bench that is stopped has those that matter most
+        for name in ("deit_small_patch16_224", "deit_base_patch16_224"):
+            left = batch
+            while left:
                 try:
-                    row = shares(name, batch, device, training)
+                    row = shares(name, left, device, training)
                 except torch.OutOfMemoryError:
-                    batch //= 2
+                    left //= 2
                 else:
                     yield row
                     break

@@ -4,10 +4,9 @@ import functools
 import torch
 from torch.nn import functional as F
 
-from bench import masks
 from bench.common import forced, kernels, kinds, main, share_of_limit, timed
 from vitprune.bench import DTYPES
-from vitprune.cases import HEADS, calls
+from vitprune.cases import HEADS, calls, live
 from vitprune.ops import sliced_linear, sliced_mlp
 from vitprune.ops.sliced_linear import block_index
 
@@ -21,20 +20,25 @@ def shapes(device: torch.device, brief: bool):
     return [(B * 197, 64 * H) for H in ([12] if brief else HEADS.values()) for B in ((128, 1) if brief else (1, 8, 32, 128, 512))]
 
 
-def mlp(x, w1, b1, w2, b2, residual, live):
-    return sliced_mlp(x, w1, b1, w2, b2, live, residual=residual)
+def mlp(x, w1, b1, w2, b2, residual, ids):
+    return sliced_mlp(x, w1, b1, w2, b2, ids, residual=residual)
 
 
-def heads(x, w1, b1, w2, b2, residual, live):
-    """The projections of attention: in over live heads, out over live heads. The weights of the MLP serve: 4 C rows, C columns."""
-    return sliced_linear(sliced_linear(x, w1, b1, live, side="out"), w2, b2, live, side="in")
+def heads(x, w1, b1, w2, b2, attended, ids):
+    """The projections before and after attention, over live heads: w1 [3C, C], w2 [C, C]; attended: what attention gives the second."""
+    return sliced_linear(x, w1, b1, qkv(ids, w2.shape[0]), side="out"), sliced_linear(attended, w2, b2, ids, side="in")
 
 
-def compacted(x, w1, b1, w2, b2, residual, live, block: bool):
+def qkv(ids, C: int):
+    """Blocks of a fused qkv projection, of the ids of heads."""
+    return torch.cat([ids + i * (C // 64) for i in range(3)])
+
+
+def compacted(x, w1, b1, w2, b2, other, ids, block: bool):
     """PyTorch's calls where the live weights lie side by side already (gathered before the clock starts). block: an MLP's, with its GELU
-    and residual."""
+    and residual; else the projections of attention."""
     y = F.linear(x, w1, b1)
-    return residual + F.linear(F.gelu(y), w2, b2) if block else F.linear(y, w2, b2)
+    return other + F.linear(F.gelu(y), w2, b2) if block else (y, F.linear(other, w2, b2))
 
 
 def candidates(operator, device: torch.device, dtype: torch.dtype) -> dict:
@@ -49,8 +53,25 @@ def candidates(operator, device: torch.device, dtype: torch.dtype) -> dict:
                 "sliced_mlp" if operator is mlp else "sliced_linear", device, dtype, operator).items()}}
 
 
-def bind(function, live):
-    return lambda *args: function(*args, live)
+def bind(function, ids):
+    return lambda *args: function(*args, ids)
+
+
+def prepared(operator, M: int, C: int, fraction: float, device: torch.device, dtype: torch.dtype):
+    """(full arguments, compacted ones, ids of what is live, output, elements that a forward pass must move, those that its gradient must,
+    MACs); what lies between two products could stay on chip."""
+    block = operator is mlp
+    ids = live(C, fraction, "hidden" if block else "heads").to(device)
+    read, written = block_index(ids, 64), block_index(ids if block else qkv(ids, C), 64)  # columns of w2, rows of w1
+    O, I = (4 * C, 4 * C) if block else (3 * C, C)  # noqa: E741
+    random, L = functools.partial(torch.randn, device=device, dtype=dtype), len(read)
+    full = [random(M, C), random(O, C) / C ** 0.5, random(O), random(C, I) / C ** 0.5, random(C), random(M, C if block else L)]
+    small = [full[0], full[1][written], full[2][written], full[3][:, read].contiguous(), *full[4:]]
+    out = compacted(*small, None, block)
+    learns, given = (M * C, 2 * M * C) if block else 2 * (M * (C + L),)  # a residual's gradient is the output's
+    results, weights = M * C if block else M * (C + len(written)), sum(t.numel() for t in small[1:5])
+    forward, backward = given + results + weights, results + 2 * learns + 2 * weights
+    return full, small, ids if fraction < 1 or not block else None, out, forward, backward, M * C * (L + len(written))
 
 
 def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
@@ -58,29 +79,21 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
     for kind in kinds(device, brief):
         for (M, C), fraction, operator in ((s, f, o) for s in shapes(device, brief) for f in FRACTIONS for o in (mlp, heads)):
             torch._dynamo.reset()
-            live = masks.live(C, fraction).to(device)
-            index = block_index(live, 64)
-            live = None if fraction == 1 and operator is mlp else live  # nothing pruned, or compacted: no list to follow
-            random = functools.partial(torch.randn, device=device, dtype=DTYPES[kind])
-            full = [random(M, C), random(4 * C, C) / C ** 0.5, random(4 * C), random(C, 4 * C) / C ** 0.5, random(C), random(M, C)]
-            small = [full[0], full[1][index], full[2][index], full[3][:, index].contiguous(), *full[4:]]
+            full, small, ids, out, forward, gradient, macs = prepared(operator, M, C, fraction, device, DTYPES[kind])
             for backward in (False, True):
                 ready, refused = {}, {}
                 for name, (f, compact) in candidates(operator, device, DTYPES[kind]).items():
                     args = [t.detach().requires_grad_(backward) for t in (small if compact else full)]
-                    call = f if isinstance(f, str) else bind(f, live)
+                    call = f if isinstance(f, str) else bind(f, ids)
                     with torch.set_grad_enabled(backward):
-                        found = calls({name: call}, args, full[0], backward)
+                        found = calls({name: call}, args, out, backward)
                     ready |= found[0]
                     refused |= found[1]
                 with torch.set_grad_enabled(backward):
                     columns = timed(ready, device, min_time)
-                weights = (2 * C + 1) * len(index) + C
-                # Inputs, outputs and weights; what lies between could stay on chip.
-                moved = full[0].element_size() * ((2 + (operator is mlp)) * M * C + weights + backward * (3 * M * C + 2 * weights))
-                macs = 2 * M * C * len(index) * (3 if backward else 1)
                 row = {"op": "sliced_mlp" if operator is mlp else "sliced_linear, out and in", "rows": M, "C": C, "live": fraction,
-                       "dtype": kind, "pass": "forward+backward" if backward else "forward", "bytes": moved, "macs": macs, **columns,
+                       "dtype": kind, "pass": "forward+backward" if backward else "forward",
+                       "bytes": full[0].element_size() * (forward + backward * gradient), "macs": macs * (3 if backward else 1), **columns,
                        "unavailable": {n: r[:160] for n, r in refused.items()}}
                 yield row | share_of_limit(device, row)
 

@@ -63,6 +63,13 @@ def test_kernel(name, device, count):
 
 
 @pytest.mark.parametrize("name, device", kernels("triton"))
+def test_kernel_registered(name, device):
+    x, weight = torch.randn(2, 3, 8, device=device), torch.randn(8, device=device)
+    for bias in (weight, None):
+        check_operator(torch.ops.vitprune.layer_norm.default, [x, weight, bias, 1e-5, name])
+
+
+@pytest.mark.parametrize("name, device", kernels("triton"))
 def test_triton_refuses(name, device):
     x, w = torch.randn(2, 8, device=device), torch.ones(8, device=device)
     with backend(name):

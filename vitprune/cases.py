@@ -3,8 +3,11 @@
 A new operator joins both with an entry in CASES.
 """
 import copy
+import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ HEADS = {"tiny": 3, "small": 6, "base": 12}  # DeiT; every head is 64 wide
 KEEPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 BATCHES = (1, 8, 32, 128, 512, 1024)
 TOKENS = 197
+MASKS = Path(__file__).with_name("masks.json")  # written by bench/masks.py
 INFERENCE = ("select_tokens", "score_tokens", "compact_tokens", "expand_rows", "layer_norm")  # where the gradient is not worth timing
 
 
@@ -34,6 +38,19 @@ class Size:
         return 1 + int((self.tokens - 1) * self.keep)
 
 
+@functools.cache
+def _trained() -> dict:
+    return json.loads(MASKS.read_text())
+
+
+def live(C: int, share: float, what: str) -> Tensor:
+    """Ids of the "heads" or "hidden" blocks of a layer of C channels that movement pruning left alive, int32 [L]; all for a share of 1,
+    and as many from the first on for a width or share at which nothing was trained."""
+    blocks, trained = {"heads": 1, "hidden": 4}[what] * C // 64, _trained().get(str(C), {}).get(str(share))
+    ids = trained[what] if trained and share < 1 else range(max(1, round(blocks * share)))
+    return torch.tensor([*ids], dtype=torch.int32)
+
+
 class _Maker:
     """Random tensors, the same ones for the same seed."""
 
@@ -46,9 +63,8 @@ class _Maker:
     def mask(self, *shape: int, share: float) -> Tensor:
         return torch.rand(*shape, device=self.device, generator=self.generator) < share
 
-    def live(self, blocks: int, share: float) -> Tensor:
-        ids = torch.randperm(blocks, device=self.device, generator=self.generator)[:max(1, round(blocks * share))]
-        return ids.sort().values.int()
+    def live(self, s: Size, what: str) -> Tensor:
+        return live(64 * s.H, s.keep, what).to(self.device)
 
 
 def _select_tokens(s: Size, make: _Maker):
@@ -104,7 +120,7 @@ def _score_tokens(s: Size, make: _Maker):
 
 def _sliced_linear(s: Size, make: _Maker, side: str):
     """q, k and v of the live heads, or the projection of what they give."""
-    C, live = 64 * s.H, make.live(s.H, s.keep)
+    C, live = 64 * s.H, make.live(s, "heads")
     if side == "out":
         live = torch.cat([live + i * s.H for i in range(3)])
     O, I, width = (3 * C, C, C) if side == "out" else (C, C, 64 * live.shape[0])  # noqa: E741
@@ -116,7 +132,7 @@ def _sliced_mlp(s: Size, make: _Maker):
     C = 64 * s.H
     return (lambda x, w1, b1, w2, b2, live, residual: ops.sliced_mlp(x, w1, b1, w2, b2, live, residual=residual)), [
         make.normal(s.B, s.tokens, C), make.normal(4 * C, C, scale=C ** -0.5), make.normal(4 * C),
-        make.normal(C, 4 * C, scale=(4 * C) ** -0.5), make.normal(C), make.live(4 * s.H, s.keep), make.normal(s.B, s.tokens, C)]
+        make.normal(C, 4 * C, scale=(4 * C) ** -0.5), make.normal(C), make.live(s, "hidden"), make.normal(s.B, s.tokens, C)]
 
 
 def _dense_mlp(s: Size, make: _Maker):
