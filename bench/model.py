@@ -1,6 +1,6 @@
 """Dense against pruned models on this machine: `python bench/model.py`, or `vitprune bench` for one of your own.
 
-Writes bench/results/model_DEVICE.json; `python bench/render.py` puts it into the tables.
+Writes bench/results/model_DEVICE.json; `python -m bench.render` puts it into the tables.
 """
 import argparse
 import json

@@ -1,8 +1,8 @@
-"""Put the committed results into README.md and bench/README.md: `python bench/render.py` rewrites what is between
+"""Put the committed results into README.md and bench/README.md: `python -m bench.render` rewrites what is between
 `<!-- NAME -->` and `<!-- /NAME -->`.
 
 NAME is a file bench/results/NAME.json written by bench/model.py, `cards`: all files card-*.json written by bench/card.py,
-`gains`: whole models of both, in short, or `choices`: the files in kernels/configs.
+`gains`: whole models of both, in short, `targets`: of bench/targets.py, or `choices`: the files in kernels/configs.
 """
 import argparse
 import json
@@ -10,6 +10,8 @@ import re
 import statistics
 from datetime import datetime, timezone
 from pathlib import Path
+
+from bench import targets
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -198,6 +200,8 @@ def main() -> None:
     shipped = "\n\n".join(choices(json.loads(path.read_text())) for path in sorted((ROOT / "kernels/configs").glob("*.json")))
     blocks = {path.stem: table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("model_*.json"))}
     blocks |= {"cards": cards(), "gains": gains()} | ({"choices": shipped} if shipped else {})
+    if (RESULTS / "kernels_nvidia_h200.json").exists():
+        blocks["targets"] = targets.table(RESULTS)
     texts = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "bench" / "README.md")}
     for name, content in blocks.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)

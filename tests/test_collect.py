@@ -265,7 +265,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return batch, training
     monkeypatch.setattr(shares, "shares", little)
-    assert list(shares.rows(torch.device("cpu"))) == [(1, False), (2, False), (2, True)] * 2
+    assert list(shares.rows(torch.device("cpu"))) == [*2 * [(2, False)], *2 * [(2, True)], *2 * [(1, False)]]
 
 
 def test_a_real_file_is_accepted(tree):
