@@ -1,11 +1,14 @@
 """Launch configurations in kernels/configs compile for the card that they were measured on, without spills."""
 import importlib
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from kernel_checks import INTERPRETED, SHARED, compile_launch, record
+
+from vitprune.cases import BATCHES, HEADS, KEEPS, Size
 
 FOLDER = Path(__file__).parents[1] / "kernels/configs"
 
@@ -90,3 +93,31 @@ def test_compiles(arch, op, kind, shape, config, monkeypatch):
                 assert built["spills"] == 0 and built["shared"] <= SHARED[arch]
                 multiplies = "attention" in op or op == "score_tokens" or launch[0].__name__ in ("product_kernel", "descriptor_kernel")
                 assert arch < 80 or not multiplies or "mma" in built["ptx"]
+
+
+def measured(op):
+    """The shapes of DeiT for which something was measured on that card, as `configs.nearest` is asked for them."""
+    for H, B, keep in itertools.product(HEADS.values(), BATCHES, KEEPS):
+        s, blocks = Size(B, H, keep), H if op == "sliced_linear" else 4 * H
+        if op.startswith("short_attention"):
+            yield {"B": B, "H": H, "N": s.kept, "D": 64}
+        elif op == "policy_attention":
+            yield {"B": B, "H": H, "N": s.tokens, "D": 64}
+        elif op == "score_tokens":
+            yield {"B": B, "N": s.kept - 1, "C": 64 * H}
+        elif B in (1, 8, 32, 128) or B == 1024 and H == 12:
+            yield {"M": B * s.tokens, "C": 64 * H, "L": 64 * max(1, round(blocks * (1.0, 0.5, 0.25)[KEEPS.index(keep) % 3]))}
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+@pytest.mark.parametrize("op", ["short_attention", "short_attention_backward", "policy_attention", "score_tokens", "sliced_mlp",
+                                "sliced_linear"])
+def test_every_measured_shape_has_a_near_row(op, kind, monkeypatch, recwarn):
+    pytest.importorskip("triton")
+    from vitprune.kernels import configs
+    monkeypatch.setattr(configs, "_tuned", {})
+    monkeypatch.setattr(configs, "_said", set())
+    configs.use(90, json.loads((FOLDER / "nvidia-h200.json").read_text())["configs"])
+    assert all(configs.nearest(op, 90, getattr(torch, kind), tuple(shape.items())) for shape in measured(op))
+    configs._nearest.cache_clear()
+    assert not [w for w in recwarn if "no launch configuration is tuned" in str(w.message)]
