@@ -1,4 +1,4 @@
-"""sliced_mlp and sliced_linear beside PyTorch's calls: `python -m bench.sliced_mlp [DEVICE]` prints JSON."""
+"""sliced_mlp beside PyTorch's calls: `python -m bench.sliced_mlp [DEVICE]` prints JSON; and what bench.sliced_linear shares with it."""
 import functools
 
 import torch
@@ -74,10 +74,10 @@ def prepared(operator, M: int, C: int, fraction: float, device: torch.device, dt
     return full, small, ids if fraction < 1 or not block else None, out, forward, backward, M * C * (L + len(written))
 
 
-def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
+def rows_of(operator, device: torch.device, min_time: float, brief: bool):
     """A row a shape, live fraction, dtype and direction: milliseconds, bytes that must move, MACs, and the share of the card's limit."""
     for kind in kinds(device, brief):
-        for (M, C), fraction, operator in ((s, f, o) for s in shapes(device, brief) for f in FRACTIONS for o in (mlp, heads)):
+        for (M, C), fraction in ((s, f) for s in shapes(device, brief) for f in FRACTIONS):
             torch._dynamo.reset()
             full, small, ids, out, forward, gradient, macs = prepared(operator, M, C, fraction, device, DTYPES[kind])
             for backward in (False, True):
@@ -96,6 +96,10 @@ def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
                        "bytes": full[0].element_size() * (forward + backward * gradient), "macs": macs * (3 if backward else 1), **columns,
                        "unavailable": {n: r[:160] for n, r in refused.items()}}
                 yield row | share_of_limit(device, row)
+
+
+def rows(device: torch.device, min_time: float = 0.05, brief: bool = False):
+    yield from rows_of(mlp, device, min_time, brief)
 
 
 if __name__ == "__main__":
