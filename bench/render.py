@@ -200,7 +200,7 @@ def main() -> None:
     shipped = "\n\n".join(choices(json.loads(path.read_text())) for path in sorted((ROOT / "kernels/configs").glob("*.json")))
     blocks = {path.stem: table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("model_*.json"))}
     blocks |= {"cards": cards(), "gains": gains()} | ({"choices": shipped} if shipped else {})
-    if (RESULTS / "kernels_nvidia_h200.json").exists():
+    if (RESULTS / "kernels_nvidia_h200.json").exists():  # of one card alone
         blocks["targets"] = targets.table(RESULTS)
     texts = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "bench" / "README.md")}
     for name, content in blocks.items():

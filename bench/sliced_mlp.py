@@ -25,16 +25,12 @@ def mlp(x, w1, b1, w2, b2, residual, ids):
 
 
 def heads(x, w1, b1, w2, b2, attended, ids):
-    """The projections before and after attention, over live heads: w1 [3C, C], w2 [C, C]; attended: what attention gives the second."""
-    return sliced_linear(x, w1, b1, qkv(ids, w2.shape[0]), side="out"), sliced_linear(attended, w2, b2, ids, side="in")
+    """The projections before and after attention, over live heads: w1 [3C, C], w2 [C, C]; attended: what attention gives the second; ids:
+    blocks of q, k and v, and heads."""
+    return sliced_linear(x, w1, b1, ids[0], side="out"), sliced_linear(attended, w2, b2, ids[1], side="in")
 
 
-def qkv(ids, C: int):
-    """Blocks of a fused qkv projection, of the ids of heads."""
-    return torch.cat([ids + i * (C // 64) for i in range(3)])
-
-
-def compacted(x, w1, b1, w2, b2, other, ids, block: bool):
+def compacted(x, w1, b1, w2, b2, other, _, block: bool):
     """PyTorch's calls where the live weights lie side by side already (gathered before the clock starts). block: an MLP's, with its GELU
     and residual; else the projections of attention."""
     y = F.linear(x, w1, b1)
@@ -62,7 +58,8 @@ def prepared(operator, M: int, C: int, fraction: float, device: torch.device, dt
     MACs); what lies between two products could stay on chip."""
     block = operator is mlp
     ids = live(C, fraction, "hidden" if block else "heads").to(device)
-    read, written = block_index(ids, 64), block_index(ids if block else qkv(ids, C), 64)  # columns of w2, rows of w1
+    blocks = ids if block else torch.cat([ids + i * (C // 64) for i in range(3)])
+    read, written = block_index(ids, 64), block_index(blocks, 64)  # columns of w2, rows of w1
     O, I = (4 * C, 4 * C) if block else (3 * C, C)  # noqa: E741
     random, L = functools.partial(torch.randn, device=device, dtype=dtype), len(read)
     full = [random(M, C), random(O, C) / C ** 0.5, random(O), random(C, I) / C ** 0.5, random(C), random(M, C if block else L)]
@@ -71,7 +68,8 @@ def prepared(operator, M: int, C: int, fraction: float, device: torch.device, dt
     learns, given = (M * C, 2 * M * C) if block else 2 * (M * (C + L),)  # a residual's gradient is the output's
     results, weights = M * C if block else M * (C + len(written)), sum(t.numel() for t in small[1:5])
     forward, backward = given + results + weights, results + 2 * learns + 2 * weights
-    return full, small, ids if fraction < 1 or not block else None, out, forward, backward, M * C * (L + len(written))
+    ids = (blocks, ids) if not block else ids if fraction < 1 else None  # nothing pruned, or compacted: no list to follow
+    return full, small, ids, out, forward, backward, M * C * (L + len(written))
 
 
 def rows_of(operator, device: torch.device, min_time: float, brief: bool):

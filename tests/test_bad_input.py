@@ -1,5 +1,6 @@
 """Every kind of bad input at the public surface and the one error that answers it: it names the argument, what was expected, what came."""
 import math
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -148,6 +149,10 @@ OPERATORS = {
         lambda: ops.policy_attention(*3 * [q().to(torch.float8_e4m3fn)], Z(2, 5)),
     "policy_attention: scale must be a finite number (it has no gradient), got nan":
         lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), scale=math.nan),
+    "policy_attention: scale must be a finite number (it has no gradient), got Fraction(1, 8)":
+        lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), scale=Fraction(1, 8)),
+    "layer_norm: eps must be a number >= 0, got inf": lambda: ops.layer_norm(Z(2, 8), Z(8), Z(8), math.inf),
+    "add_norm: eps must be a number >= 0, got 1000": lambda: ops.add_norm(Z(2, 8), Z(2, 8), Z(8), Z(8), 10 ** 400),
     "policy_attention: eps must be a finite number >= 0, got True": lambda: ops.policy_attention(q(), q(), q(), Z(2, 5), eps=True),
     "short_attention: max_seqlen must be None without cu_seqlens, got 5":
         lambda: ops.short_attention(Z(2, 5, 36), num_heads=3, max_seqlen=5),

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vitprune.train import TrainConfig
 
 sys.path.append(str(Path(__file__).parents[1]))
-from bench import card, collect, common, policy_attention, render, select_tokens, shares, short_attention  # noqa: E402
+from bench import card, collect, common, policy_attention, render, select_tokens, shares, short_attention, targets  # noqa: E402
 
 MACHINE = {"platform": "Linux-6", "python": "3.12.1", "torch": "2.15.0+cu132", "timm": "1.0.31", "vitprune": "0.1.0", "triton": "3.9.0",
            "gpu": "Tesla T4", "cuda": "13.2", "threads": 2}
@@ -293,6 +293,23 @@ def test_committed_results_are_what_the_readmes_show(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     render.main()
     assert {name: (tmp_path / name).read_text() for name in shown} == shown
+
+
+def test_targets_of_a_card_that_was_cut_are_left_out(tmp_path):
+    for name in ("kernels_nvidia_h200.json", "card-nvidia-h200.json"):
+        (tmp_path / name).write_bytes((render.RESULTS / name).read_bytes())
+    whole = targets.table(tmp_path).splitlines()
+    for operator, reached, missed in (("policy_attention", 3, 0), ("short_attention", 2, 3), ("select_tokens", 1, 1), ("sliced_mlp", 1, 1),
+                                      ("add_norm", 2, 2)):
+        lines = [line for line in whole if line.startswith(f"| `{operator}`")]
+        assert (sum("| reached |" in line for line in lines), sum("| missed |" in line for line in lines)) == (reached, missed)
+    data = json.loads((tmp_path / "card-nvidia-h200.json").read_text())
+    for job in data["jobs"]:
+        job["rows"] = job["rows"][:1]
+    (tmp_path / "card-nvidia-h200.json").write_text(json.dumps(data))
+    assert len(targets.table(tmp_path).splitlines()) == len(whole) - 3 - 2 - 4  # attention under a policy, selection, norms
+    (tmp_path / "card-nvidia-h200.json").unlink()
+    assert [line for line in whole if "short_attention" in line or "sliced" in line] == targets.table(tmp_path).splitlines()[2:]
 
 
 def test_gains_are_of_the_newest_file_and_the_fastest_engines(tree):

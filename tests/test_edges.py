@@ -3,7 +3,7 @@
 Those of attention's and of the selection's numbers (large scores, what is not finite, ties) are beside their own tests."""
 import pytest
 import torch
-from kernel_checks import CPP, CUDA, DEVICES, kernels
+from kernel_checks import CUDA, DEVICES, kernels
 from torch.nn import functional as F
 
 from vitprune import ops
@@ -90,10 +90,11 @@ def test_hidden_units(name, device, hidden, C):
 
 
 @pytest.mark.parametrize("B, H, N", [(0, 1, 5), (2, 0, 5), (2, 1, 0)])
-@pytest.mark.parametrize("name, device", [*TRITON, *CUDA, pytest.param("cpp", "cpu", marks=CPP)])
-def test_empty_attention(name, device, B, H, N):
+@pytest.mark.parametrize("device", [pytest.param("cpu"), DEVICES[1]])
+def test_empty_attention(device, B, H, N):
+    """Answered before a kernel is chosen."""
     q, k, v, policy = randoms(device, *3 * [(B, H, N, 32)], (B, N))
-    check(name, lambda *args: ops.policy_attention(*args), [q, k, v, policy])
+    check("reference", lambda *args: ops.policy_attention(*args), [q, k, v, policy])
 
 
 @pytest.mark.parametrize("D", [32, 48, 64, 72, 80, 96, 128])
@@ -115,21 +116,24 @@ def test_a_width_that_a_kernel_refuses_is_served_by_the_next(device, D):
                 else:
                     torch.testing.assert_close(function(*args).double(), expected, rtol=1e-4, atol=1e-4)
         if D == 72:
+            pytest.importorskip("triton")
             from vitprune.kernels import policy_attention, short_attention
             module = policy_attention if op == "policy_attention" else short_attention
             assert "multiple of 16" in module.refuses(torch.device(device), torch.float32, fits=False)
 
 
-@pytest.mark.parametrize("x, weight", [(torch.float32, torch.float16), (torch.float16, torch.float32), (torch.float64, torch.float32)])
+@pytest.mark.parametrize("x, weight", [(torch.float32, torch.float16), (torch.float16, torch.float32), (torch.float64, torch.float32),
+                                       (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)])
 @pytest.mark.parametrize("device", [pytest.param("cpu"), DEVICES[1]])
 def test_norms_of_mixed_dtypes(device, x, weight):
-    """The plain forms compute in the wider one and keep the dtype of x."""
-    values, residual, w, b = randoms(device, (2, 5, 8), (2, 5, 8), (8,), (8,))
+    """The plain forms compute in a wide one, as float64 rounded once shows, and keep the dtype of x."""
+    values, residual, w, b = randoms(device, (8, 25, 8), (8, 25, 8), (8,), (8,))
     values, residual, w, b = values.to(x), residual.to(x), w.to(weight), b.to(weight)
-    wide = F.layer_norm(values.double(), (8,), w.double(), b.double(), 1e-6)
     with backend("reference"):
         got = ops.layer_norm(values, w, b, 1e-6)
         total, also = ops.add_norm(values, residual, w, b, 1e-6)
     assert got.dtype == also.dtype == total.dtype == x
-    torch.testing.assert_close(got.double(), wide, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(also.double(), F.layer_norm(total.double(), (8,), w.double(), b.double(), 1e-6), rtol=1e-3, atol=1e-3)
+    for found, of in ((got, values), (also, total)):
+        wide = F.layer_norm(of.double(), (8,), w.double(), b.double(), 1e-6)
+        torch.testing.assert_close(found.double(), wide, rtol=2 * torch.finfo(x).eps, atol=16 * torch.finfo(x).eps)
+        assert x.itemsize > 2 or (found == wide.to(x)).double().mean() > 0.99

@@ -45,9 +45,9 @@ def _trained() -> dict:
 
 def live(C: int, share: float, what: str) -> Tensor:
     """Ids of the "heads" or "hidden" blocks of a layer of C channels that movement pruning left alive, int32 [L]; all for a share of 1,
-    and as many from the first on for a width or share at which nothing was trained."""
+    and as many up to the last for a width or share at which nothing was trained."""
     blocks, trained = {"heads": 1, "hidden": 4}[what] * C // 64, _trained().get(str(C), {}).get(str(share))
-    ids = trained[what] if trained and share < 1 else range(max(1, round(blocks * share)))
+    ids = trained[what] if trained and share < 1 else range(blocks - max(1, round(blocks * share)), blocks)
     return torch.tensor([*ids], dtype=torch.int32)
 
 

@@ -41,7 +41,8 @@ def reference(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, 
               eps: float) -> tuple[Tensor, Tensor]:
     """The definition."""
     s = x + (residual if gamma is None else residual * gamma)
-    return s, normalised(s, weight, bias, eps).to(s.dtype)  # CUDA's autocast makes it float32, which no kernel does
+    y = normalised(s, weight, bias, eps)
+    return s, y if y.dtype == s.dtype else y.to(s.dtype)  # CUDA's autocast makes it float32, which no kernel does
 
 
 def _backward(ds, dy, s, residual, weight, gamma, eps: float, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Checks of operators' arguments."""
-import math
 import numbers
+import sys
 from typing import NoReturn
 
 import torch
@@ -33,18 +33,20 @@ def is_int(value) -> bool:
 
 
 def is_number(value) -> bool:
-    """Whether that is a real number that no gradient could belong to."""
-    return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
+    """Whether that is a real number that no gradient could belong to, as kernels take it: True and fractions are none."""
+    if isinstance(value, bool) or isinstance(value, numbers.Rational) and not isinstance(value, numbers.Integral):
+        return False
+    return isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt))
 
 
 def is_finite(value) -> bool:
     """Whether that is such a number, neither infinite nor NaN."""
-    return is_number(value) and -math.inf < value < math.inf
+    return (type(value) is float or is_number(value)) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def is_eps(value) -> bool:
     """Whether that can be added to a variance."""
-    return type(value) is float and value >= 0 or is_number(value) and value >= 0
+    return is_finite(value) and value >= 0
 
 
 def values(t: Tensor) -> list | None:

@@ -42,10 +42,11 @@ def by_module(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """The definition, in the wider of two dtypes."""
-    if weight.dtype == x.dtype:
+    """The definition; in the wider of two dtypes where PyTorch takes one alone."""
+    on_cpu, kinds = x.device.type == "cpu", (x.dtype, weight.dtype)
+    if kinds[0] == kinds[1] or (x.element_size() == 2 and kinds[1] == torch.float32 if on_cpu else autocasts(x.device)):
         return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    wide = torch.promote_types(x.dtype, weight.dtype)
+    wide = torch.float64 if torch.float64 in kinds else torch.float32
     y = torch.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias if bias is None else bias.to(wide), eps)
     return y.to(x.dtype)
 

@@ -22,7 +22,7 @@ def score_tokens(patches: Tensor, predictor: nn.Module, mask: Tensor | None = No
     Raises ValueError for shapes, dtypes or devices that do not fit together.
     """
     check_tensors(OP, ("mask",), patches=patches, mask=mask)
-    isinstance(predictor, nn.Module) or fail(OP, "predictor", "a module", f"{predictor!r:.80}")
+    callable(predictor) or fail(OP, "predictor", "a module", f"{predictor!r:.80}")
     shape, device, dtype = patches.shape, patches.device, patches.dtype
     layers = _layers(predictor)
     if layers is not None:
