@@ -5,7 +5,9 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+PLAIN = (Tensor, Parameter)  # a look at these costs the host no call
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
@@ -13,7 +15,7 @@ def check_tensors(op: str, optional: tuple[str, ...] = (), **given) -> None:
     """Every argument must be a tensor, or None where it is optional, and all on the device of the first."""
     first = None
     for name, t in given.items():
-        if not isinstance(t, Tensor):
+        if type(t) not in PLAIN and not isinstance(t, Tensor):
             t is None and name in optional or fail(op, name, "a tensor", f"{t!r:.80}")
         elif first is None:
             first, device = name, t.device
@@ -46,7 +48,7 @@ def is_finite(value) -> bool:
 
 def is_eps(value) -> bool:
     """Whether that can be added to a variance."""
-    return is_finite(value) and value >= 0
+    return type(value) is float and 0 <= value < sys.float_info.max or is_finite(value) and value >= 0
 
 
 def values(t: Tensor) -> list | None:
