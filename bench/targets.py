@@ -3,7 +3,9 @@ bench/README.md. bfloat16, heads of 64 channels; times of the GPU alone, each ra
 import json
 from pathlib import Path
 
-BANDWIDTH, FLOPS = 4.8e12, 989e12  # bytes and 16-bit FLOPs a second, from the data sheet
+from bench.common import LIMITS
+
+BANDWIDTH, FLOPS = LIMITS["H200"]
 WAITS = "not profiled since queries are loaded beside keys; before, programs waited for loads in 44 % of their cycles (Nsight Compute)"
 SUMS = "not profiled; sums over the rows are written in parts by 1,320 programs and added by a second launch"
 LAUNCHES = "two launches; one kernel of both has not been timed"

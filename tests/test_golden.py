@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from kernel_checks import kernels
 from torch.nn import functional as F
 
 import vitprune
 from vitprune import tokens as tokens_module
 from vitprune.losses import DynamicViTLoss
-from vitprune.ops import softmax_with_policy
+from vitprune.ops import backend, score_tokens, softmax_with_policy
 from vitprune.tokens import TokenPredictor
 
 DATA = Path(__file__).parent / "data"
@@ -97,10 +98,25 @@ def test_underflow_is_the_official_one():
     np.testing.assert_allclose(out.numpy(), UNITS["swp_underflow_out"], atol=1e-7)
 
 
-def test_predictor():
-    predictor = TokenPredictor(64).double()
+def golden_predictor(dtype):
+    predictor = TokenPredictor(64).to(dtype)
     predictor.load_state_dict({k: torch.from_numpy(weights.parameter("score_predictor.0." + k, tuple(v.shape)))
                                for k, v in predictor.state_dict().items()})
+    return predictor
+
+
+@pytest.mark.parametrize("name, device", kernels("triton"))
+@torch.no_grad()
+def test_predictor_in_kernels(name, device):
+    """Log-probabilities of patches whose policy is a mask."""
+    x, mask = (torch.from_numpy(UNITS[f"pred_{key}"]).to(device) for key in ("x", "policy"))
+    with backend(name):
+        got = score_tokens(x.float(), golden_predictor(torch.float32).to(device), mask[..., 0] > 0)
+    np.testing.assert_allclose(got.cpu().numpy(), UNITS["pred_out"][..., 0] - UNITS["pred_out"][..., 1], atol=5e-6)
+
+
+def test_predictor():
+    predictor = golden_predictor(torch.float64)
     x = torch.from_numpy(UNITS["pred_x"]).requires_grad_()
     policy = torch.from_numpy(UNITS["pred_policy"])[..., 0].requires_grad_()
     out = predictor(x, policy)

@@ -1,7 +1,5 @@
 """score_tokens: the predictor of the golden files, with less to multiply; and its kernel."""
 import copy
-import sys
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -16,10 +14,6 @@ from vitprune import ops
 from vitprune.ops import registry
 from vitprune.ops.linear import weight_and_bias
 from vitprune.tokens import TokenPredictor
-
-DATA = Path(__file__).parent / "data"
-sys.path.insert(0, str(DATA))
-import weights  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -99,18 +93,6 @@ def check(c, name, device):
 
 def describe(c):
     return [str(c["dtype"]), f"C={c['C']}", *(key for key in ("masked", "bias") if c[key])] + ["real"] * (c["C"] >= 192)
-
-
-@pytest.mark.parametrize("name, device", kernels("triton"))
-def test_golden_units(name, device):
-    """The official predictor's log-probabilities, of patches whose policy is a mask."""
-    golden, predictor = np.load(DATA / "golden_units.npz"), TokenPredictor(64)
-    predictor.load_state_dict({k: torch.from_numpy(weights.parameter("score_predictor.0." + k, tuple(v.shape)))
-                               for k, v in predictor.state_dict().items()})
-    x, mask = (torch.from_numpy(golden[f"pred_{key}"]).to(device) for key in ("x", "policy"))
-    with torch.no_grad(), ops.backend(name):
-        got = ops.score_tokens(x.float(), predictor.to(device), mask[..., 0] > 0)
-    np.testing.assert_allclose(got.cpu().numpy(), golden["pred_out"][..., 0] - golden["pred_out"][..., 1], atol=5e-6)
 
 
 @pytest.mark.parametrize("count", counts(200, 10_000))

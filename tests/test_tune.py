@@ -22,9 +22,6 @@ CPU, OP = torch.device("cpu"), "toy"
 FAST = {"stages": 1, "programs": 1}
 TOY = SimpleNamespace(default=lambda dtype, arch, R: FAST | {"stages": 2},  # stages: its milliseconds; programs: what it multiplies by
                       candidates=lambda dtype, arch, R: [FAST | change for change in ({"stages": 2}, {"programs": 2}, {"stages": 9}, {})])
-LAUNCHES = {**dict.fromkeys(("compact_tokens", "expand_rows", "select_tokens"), {"B": 128, "N": 197, "C": 384}),
-            **dict.fromkeys(("policy_attention", "short_attention", "short_attention_backward"), {"B": 128, "H": 6, "N": 197, "D": 64}),
-            **dict.fromkeys(("sliced_linear", "sliced_mlp"), {"M": 197, "C": 384, "L": 192}), "add_norm": {"R": 197, "C": 384}}
 
 
 def slow(x):
@@ -298,56 +295,6 @@ def test_configurations_are_checked_and_the_fastest_is_used(machine):
     assert configs.nearest(OP, 80, torch.float16, (("R", 300),)) is None
 
 
-@pytest.mark.parametrize(("op", "other", "serves"), [
-    ("short_attention", {"B": 4}, True), ("short_attention", {"N": 180}, True), ("short_attention", {"N": 208}, True),
-    ("short_attention", {"N": 209}, False), ("short_attention", {"D": 32}, False), ("policy_attention", {"D": 128}, False),
-    ("policy_attention", {"N": 577}, True), ("add_norm", {"C": 192}, True), ("add_norm", {"C": 448}, True), ("add_norm", {"C": 513}, False),
-    ("sliced_mlp", {"C": 1024}, True)])
-def test_what_was_tuned_serves_what_it_is_known_to_fit(op, other, serves, monkeypatch):
-    """Tiles that hold whole channels or keys would spill more of them, or ask for more shared memory than there is."""
-    monkeypatch.setattr(configs, "_tuned", {})
-    monkeypatch.setattr(configs, "_said", {op})
-    config = configs.kernel(op).default(torch.float16, 90, **LAUNCHES[op]) if op != "short_attention" else \
-        configs.kernel(op).default(torch.float16, 90, **LAUNCHES[op]) | {"keys": 0}
-    configs.use(90, {op: {"float16": [{"shape": LAUNCHES[op], "config": config}]}})
-    found = configs.nearest(op, 90, torch.float16, tuple((LAUNCHES[op] | other).items()))
-    assert found == (config if serves else None)
-
-
-@pytest.mark.parametrize("op", LAUNCHES)
-def test_what_is_tuned_can_be_read(op):
-    pytest.importorskip("triton")
-    for dtype in ("float16", "float32"):
-        for arch in (75, 80, 90, 120):
-            found = configs.kernel(op).candidates(getattr(torch, dtype), arch, **LAUNCHES[op])
-            configs.check({op: {dtype: [{"shape": LAUNCHES[op], "config": config} for config in found]}})
-
-
-@pytest.mark.parametrize(("op", "shape", "config"), [
-    ("short_attention", {}, {"queries": 0}), ("short_attention", {}, {"queries": 17}), ("short_attention", {}, {"queries": True}),
-    ("short_attention", {}, {"keys": 512}), ("short_attention", {}, {"queries": 8}), ("short_attention", {}, {"num_warps": 64}),
-    ("short_attention", {}, {"spans": 0}), ("short_attention", {}, {"unheard": 1}), ("short_attention", {}, None),
-    ("short_attention", {"N": -197}, {}), ("short_attention", {"unheard": 1}, {}), ("short_attention", None, {}),
-    ("policy_attention", {}, {"keys": 0}), ("add_norm", {"R": 0}, {}), ("sliced_product", {}, {}), ("configs", {}, {}), ("../x", {}, {}),
-])
-def test_what_no_kernel_can_be_launched_with_is_refused(op, shape, config):
-    pytest.importorskip("triton")
-    known = op if op in LAUNCHES else "select_tokens"
-    row = {"shape": {} if shape is None else LAUNCHES[known] | shape,
-           "config": {} if config is None else configs.kernel(known).default(torch.float16, 80, **LAUNCHES[known]) | config}
-    with pytest.raises(ValueError, match=f"configs of {op} must be .* with sizes > 0 and all that its kernel takes"):
-        configs.check({op: {"float16": [row]}})
-
-
-def test_shipped_files_are_valid():
-    for path in configs.FOLDER.glob("*.json"):
-        data = json.loads(path.read_text())
-        if path.stem.startswith("sm"):
-            configs.check(data)
-        else:
-            dispatch.check(data, None)
-
-
 def test_a_card_that_fails_ends_the_run_and_the_culprit_is_disabled(machine):
     def crash(x):
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nand more")
@@ -356,27 +303,6 @@ def test_a_card_that_fails_ends_the_run_and_the_culprit_is_disabled(machine):
     assert [d["reason"] for d in result["disabled"]] == ["CUDA error: an illegal memory access was encountered"]
     assert result["left_out"][0].startswith("all that came after toy, where the card failed: CUDA error")
     assert result["left_out"][1:] == ["toy float32: 1 of 2 steps", "toy bfloat16: 2 of 2 steps"]
-
-
-def test_every_operator_has_inputs():
-    assert {case.split()[0] for case in cases.CASES} == set(registry.TABLES)
-    for case in cases.CASES:
-        trial = tune.Trial(tune.Item(case, "float32", Size(2, 1, 0.5, tokens=9), False), CPU)
-        assert "reference" in trial.usable
-        assert trial.fails("reference") is None
-
-
-@pytest.mark.parametrize("what, each", [("heads", 1), ("hidden", 4)])
-def test_blocks_are_those_that_the_trainer_left(what, each):
-    """At the widths and shares of DeiT; one of many is not evenly spread. Elsewhere as many up to the last."""
-    found = {}
-    for H in cases.HEADS.values():
-        for share in cases.KEEPS:
-            ids = found[H, share] = cases.live(64 * H, share, what).tolist()
-            assert ids == sorted({*ids}) and 0 <= ids[0] and ids[-1] < each * H and len(ids) <= each * H * (1 if share == 1 else 0.99)
-            assert abs(len(ids) - each * H * share) <= 1
-    assert found[12, 0.5] not in (list(range(each * 6)), list(range(0, each * 12, 2)))
-    assert cases.live(64, 0.3, "hidden").tolist() == [3] and cases.live(128, 1.0, "heads").tolist() == [0, 1]
 
 
 def test_bad_input():

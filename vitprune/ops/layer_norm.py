@@ -43,12 +43,16 @@ def by_module(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """The definition; in the wider of two dtypes where PyTorch takes one alone."""
-    on_cpu, kinds = x.device.type == "cpu", (x.dtype, weight.dtype)
-    if kinds[0] == kinds[1] or (x.element_size() == 2 and kinds[1] == torch.float32 if on_cpu else autocasts(x.device)):
+    if weight.dtype == x.dtype or _mixes(x, weight):
         return torch.layer_norm(x, x.shape[-1:], weight, bias, eps)
-    wide = torch.float64 if torch.float64 in kinds else torch.float32
+    wide = torch.float64 if torch.float64 in (x.dtype, weight.dtype) else torch.float32
     y = torch.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias if bias is None else bias.to(wide), eps)
     return y.to(x.dtype)
+
+
+def _mixes(x: Tensor, weight: Tensor) -> bool:
+    """Whether PyTorch takes these two dtypes together: halves and float32 on a CPU, any under autocast elsewhere."""
+    return x.element_size() == 2 and weight.dtype == torch.float32 if x.device.type == "cpu" else autocasts(x.device)
 
 
 define(OP, "(Tensor x, Tensor weight, Tensor? bias, float eps, str backend) -> Tensor",
