@@ -142,15 +142,16 @@ def test_export_takes_any_batch(pair, tmp_path):
         engine.export_onnx(copy.deepcopy(pair[1]).train(), tmp_path / "n.onnx", torch.randn(1, 3, 160, 160))
 
 
-def test_accelerate(pair, monkeypatch):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])  # rounded scores keep other tokens
+def test_accelerate(pair, dtype, tolerance, monkeypatch):
     monkeypatch.setitem(engine.ENGINES, "compiled", lambda model, images: build("eager", model, images))
     images = torch.randn(2, 3, 160, 160)
-    fast = accelerate(pair[1], batch_size=2, dtype=torch.bfloat16)
+    fast = accelerate(pair[1], batch_size=2, dtype=dtype)
     assert fast.engine in ("eager", "packed", "openvino", "compiled")
     with torch.inference_mode():
         expected = pair[1](images)
     got = fast(images).float()
-    assert float((got - expected).abs().max() / expected.abs().max()) < 0.05
+    assert float((got - expected).abs().max() / expected.abs().max()) < tolerance
     assert next(pair[1].parameters()).dtype == torch.float32
     with pytest.raises(ValueError, match=r"images must be \[B, C, H, W\] = \(2, 3, 160, 160\), got \(1, 3, 160, 160\)"):
         fast(images[:1])
