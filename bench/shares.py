@@ -20,16 +20,22 @@ from vitprune.train import TrainConfig
 
 @contextlib.contextmanager
 def recorded():
-    """{(operator, shapes): [calls, backend, arguments of the first]} of what is called inside; arguments without their graph."""
+    """{(operator, shapes): [calls, backend, arguments of the first]} of what is called inside, but not by another operator; arguments
+    without their graph."""
     seen: dict[tuple, list] = {}
-    tables = dict(registry.TABLES)
+    tables, within = dict(registry.TABLES), []
 
     def watch(op, backend):
         def run(*args):
             shape = tuple(tuple(a.shape) if isinstance(a, torch.Tensor) else type(a).__name__ for a in args)
             kept = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in args]
-            seen.setdefault((op, shape), [0, backend, kept])[0] += 1
-            return backend.run(*args)
+            if not within:
+                seen.setdefault((op, shape), [0, backend, kept])[0] += 1
+            within.append(op)
+            try:
+                return backend.run(*args)
+            finally:
+                within.pop()
         return replace(backend, run=run)
 
     registry.TABLES.update({op: {name: watch(op, b) for name, b in table.items()} for op, table in tables.items()})

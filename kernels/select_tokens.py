@@ -26,6 +26,26 @@ def _order_keys(scores, WIDE: tl.constexpr):
     return keys
 
 
+@triton.jit
+def sources(scores, row, P, N, K, score_token, WIDE: tl.constexpr, PATCHES: tl.constexpr, OTHERS: tl.constexpr):
+    """Of output rows `row` of the image with these scores: the patch each holds, int64, where it is no prefix token; its row in x."""
+    patch = tl.arange(0, PATCHES)
+    score = tl.load(scores + patch.to(tl.int64) * score_token, mask=patch < N, other=0.0)
+    key = _order_keys(score, WIDE)[:, None]
+    ahead = tl.zeros((PATCHES, OTHERS), tl.int32)  # how many patches go before this one; summed up once, since sums cost more than they do
+    for start in range(0, N, OTHERS):
+        other = start + tl.arange(0, OTHERS)
+        other_score = tl.load(scores + other.to(tl.int64) * score_token, mask=other < N, other=0.0)
+        other_key = _order_keys(other_score, WIDE)[None, :]
+        before = (other_key > key) | ((other_key == key) & (other[None, :] < patch[:, None]))
+        ahead += (before & (other < N)[None, :]).to(tl.int32)
+    kept = (tl.sum(ahead, 1) < K) & (patch < N)
+    place = tl.where(kept, tl.cumsum(kept.to(tl.int32), 0) - 1, -1)
+    here = place[None, :] == row[:, None] - P
+    found = tl.sum(tl.where(here, patch[None, :], 0), 1).to(tl.int64)
+    return found, tl.where(row < P, row, P + found)
+
+
 # Not specialised: what differs from schedule to schedule and picture to picture, of which each would be compiled anew.
 @triton.jit(do_not_specialize=["P", "N", "K", "score_batch"])
 def select_tokens_kernel(
@@ -36,24 +56,9 @@ def select_tokens_kernel(
 ):
     """grid (images, tiles of ROWS output rows); every program of an image repeats the cheap selection."""
     b = tl.program_id(0).to(tl.int64)
-    patch = tl.arange(0, PATCHES)
-    score = tl.load(scores + b * score_batch + patch.to(tl.int64) * score_token, mask=patch < N, other=0.0)
-    key = _order_keys(score, WIDE)[:, None]
-    rank = tl.zeros((PATCHES,), tl.int32)  # how many patches go before this one
-    for start in range(0, N, OTHERS):
-        other = start + tl.arange(0, OTHERS)
-        other_score = tl.load(scores + b * score_batch + other.to(tl.int64) * score_token, mask=other < N, other=0.0)
-        other_key = _order_keys(other_score, WIDE)[None, :]
-        before = (other_key > key) | ((other_key == key) & (other[None, :] < patch[:, None]))
-        rank += tl.sum((before & (other < N)[None, :]).to(tl.int32), 1)
-    kept = (rank < K) & (patch < N)
-    place = tl.where(kept, tl.cumsum(kept.to(tl.int32), 0) - 1, -1)
-
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    here = place[None, :] == row[:, None] - P
-    token = tl.sum(tl.where(here, patch[None, :], 0), 1).to(tl.int64)
-    tl.store(ids + b * K + row - P, token, mask=(row >= P) & (row < P + K))
-    token = tl.where(row < P, row, P + token)
+    patch, token = sources(scores + b * score_batch, row, P, N, K, score_token, WIDE, PATCHES, OTHERS)
+    tl.store(ids + b * K + row - P, patch, mask=(row >= P) & (row < P + K))
 
     for start in range(0, C, CHANNELS):
         channel = start + tl.arange(0, CHANNELS).to(tl.int64)
@@ -116,6 +121,11 @@ def refuses(device: torch.device, dtype: torch.dtype, *, scores: torch.dtype = t
     return None
 
 
+def others(patches: int, pairs: int, scores: Tensor) -> int:
+    """How many scores a program compares with all `patches` at a time; 64-bit keys take two registers each."""
+    return max(1, min(patches, pairs * 4 // max(4, scores.element_size()) // patches))
+
+
 def launch(x: Tensor, scores: Tensor, k: int, prefix: int, config: dict | None = None) -> tuple[Tensor, Tensor]:
     """`vitprune.ops.select_tokens`; config: as `default` gives."""
     B, N, C = x.shape
@@ -127,12 +137,11 @@ def launch(x: Tensor, scores: Tensor, k: int, prefix: int, config: dict | None =
     bits = BITS[x.element_size()]  # rows are copied as they are, whatever their format
     patches = power_of_2(max(N - prefix, 1))
     grid = (B, ceil_div(prefix + k, config["rows"]))
-    pairs = config["pairs"] * 4 // max(4, scores.element_size())  # 64-bit keys take two registers each
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         select_tokens_kernel[grid](
             x.view(bits), scores, tokens.view(bits), ids,
             prefix, N - prefix, k, C, *x.stride(), *scores.stride(),
-            WIDE=scores.dtype == torch.float64, PATCHES=patches, OTHERS=max(1, min(patches, pairs // patches)),
+            WIDE=scores.dtype == torch.float64, PATCHES=patches, OTHERS=others(patches, config["pairs"], scores),
             ROWS=config["rows"], CHANNELS=config["channels"], num_warps=config["num_warps"])
     return tokens, ids
 

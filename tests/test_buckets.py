@@ -57,6 +57,11 @@ def select(module, B, N):
         module.launch_backward(half(B, k + 1, 384), half(B, k, dtype=torch.int64), 1, N)
 
 
+def select_norm(module, B, N):
+    for k in (N // 3, int(0.7 * N)):
+        module.launch(half(B, N, 384), half(B, N - 1), k, half(384), half(384), 1e-6, 1)
+
+
 def compact(module, B, N):
     keep = half(B, N, dtype=torch.bool)
     module.launch(half(B, N, 384), keep, B * N)
@@ -78,7 +83,8 @@ def score(module, B, N):
 
 @pytest.mark.parametrize("call, names", [
     (policy, ("policy_attention", "policy_attention_backward")),
-    (short, ("short_attention", "short_attention_backward")), (select, ("select_tokens",)), (compact, ("compact_tokens",)),
+    (short, ("short_attention", "short_attention_backward")), (select, ("select_tokens",)), (select_norm, ("select_norm",)),
+    (compact, ("compact_tokens",)),
     (norm, ("add_norm", "layer_norm")), (score, ("score_tokens",)),
     (sliced, ("sliced_linear", "sliced_mlp", "sliced_product", "sliced_product_large"))], ids=lambda value: getattr(value, "__name__", ""))
 @pytest.mark.parametrize("arch", [75, 80, 90])

@@ -7,7 +7,7 @@ from vitprune.kernels import configs
 
 from vitprune.ops import dispatch
 
-LAUNCHES = {**dict.fromkeys(("compact_tokens", "expand_rows", "select_tokens"), {"B": 128, "N": 197, "C": 384}),
+LAUNCHES = {**dict.fromkeys(("compact_tokens", "expand_rows", "select_norm", "select_tokens"), {"B": 128, "N": 197, "C": 384}),
             **dict.fromkeys(("policy_attention", "short_attention", "short_attention_backward"), {"B": 128, "H": 6, "N": 197, "D": 64}),
             **dict.fromkeys(("sliced_linear", "sliced_mlp"), {"M": 197, "C": 384, "L": 192}), "add_norm": {"R": 197, "C": 384}}
 

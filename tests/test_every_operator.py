@@ -16,7 +16,7 @@ from vitprune.ops import backend, registry
 ON_GPU = pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU")
 KERNELS = ("triton", "cuda")
 SMALL = Size(2, 1, 0.5, tokens=9)
-FORWARD_ONLY = ("layer_norm", "score_tokens")  # in Triton
+FORWARD_ONLY = ("layer_norm", "score_tokens", "select_norm")  # in Triton
 
 
 def prepared(case, size, device, dtype=torch.float32):
@@ -205,7 +205,8 @@ def test_a_sign_that_is_only_noted_counts():
             assert torch.equal(got, expected)
 
 
-NAMES = {"select_tokens": "x scores", "compact_tokens": "x keep", "expand_rows": "rows cu_seqlens keep",
+NAMES = {"select_tokens": "x scores", "select_norm": "x scores weight bias", "compact_tokens": "x keep",
+         "expand_rows": "rows cu_seqlens keep",
          "add_norm": "x residual weight bias", "short_attention packed": "qkv cu_seqlens", "sliced_linear out": "x w b live",
          "sliced_linear in": "x w b live", "sliced_mlp": "x w1 b1 w2 b2 live residual", "sliced_mlp dense": "x w1 b1 w2 b2 residual"}
 

@@ -21,7 +21,8 @@ KEEPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 BATCHES = (1, 8, 32, 128, 512, 1024)
 TOKENS = 197
 MASKS = Path(__file__).with_name("masks.json")  # written by bench/masks.py
-INFERENCE = ("select_tokens", "score_tokens", "compact_tokens", "expand_rows", "layer_norm")  # where the gradient is not worth timing
+# Where the gradient is not worth timing.
+INFERENCE = ("select_tokens", "select_norm", "score_tokens", "compact_tokens", "expand_rows", "layer_norm")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class _Maker:
 def _select_tokens(s: Size, make: _Maker):
     return (lambda x, scores: ops.select_tokens(x, scores, s.kept - 1)), [
         make.normal(s.B, s.tokens, 64 * s.H), make.normal(s.B, s.tokens - 1)]
+
+
+def _select_norm(s: Size, make: _Maker):
+    (x, scores), C = _select_tokens(s, make)[1], 64 * s.H
+    return (lambda x, scores, w, b: ops.select_norm(x, scores, s.kept - 1, w, b, 1e-6)), [x, scores, make.normal(C), make.normal(C)]
 
 
 def _compact_tokens(s: Size, make: _Maker):
@@ -144,8 +150,8 @@ def _dense_mlp(s: Size, make: _Maker):
 
 
 CASES: dict[str, Callable] = {  # operator, or operator and form -> (function, its tensors)
-    "select_tokens": _select_tokens, "compact_tokens": _compact_tokens, "expand_rows": _expand_rows, "add_norm": _add_norm,
-    "layer_norm": _layer_norm,
+    "select_tokens": _select_tokens, "select_norm": _select_norm, "compact_tokens": _compact_tokens, "expand_rows": _expand_rows,
+    "add_norm": _add_norm, "layer_norm": _layer_norm,
     "short_attention": _short_attention, "short_attention packed": _packed_attention, "policy_attention": _policy_attention,
     "score_tokens": _score_tokens,
     "sliced_linear out": lambda s, make: _sliced_linear(s, make, "out"), "sliced_linear in": lambda s, make: _sliced_linear(s, make, "in"),

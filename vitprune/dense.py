@@ -59,10 +59,13 @@ def drop(dropout: nn.Module, x: Tensor) -> Tensor:
 
 def normalise(norm: nn.Module, x: Tensor) -> Tensor:
     """norm(x); LayerNorm by the operator where nobody watches it."""
+    return by_module(norm, x) if plain_norm(norm) else norm(x)
+
+
+def plain_norm(norm: nn.Module) -> bool:
+    """Whether it is LayerNorm over the channels as PyTorch or timm made it, and nobody watches it."""
     plain = type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and len(norm.normalized_shape) == 1
-    if not plain or watched(norm) or norm.__dict__.get("_fast_norm"):
-        return norm(x)
-    return by_module(norm, x)
+    return plain and not watched(norm) and not norm.__dict__.get("_fast_norm")
 
 
 class PatchProduct(PatchEmbed):

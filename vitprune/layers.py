@@ -260,10 +260,11 @@ class PrunedBlock(Block):
                 setattr(self, name, adopt(cls, getattr(self, name)))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, policy: Tensor | None = None,
-                *, class_attention: bool = False, **packed) -> Tensor | tuple[Tensor, Tensor]:
-        """x [B, N, C] (or packed rows [T, C]) -> the same shape; the other arguments are PrunedAttention's."""
+                *, class_attention: bool = False, normal: Tensor | None = None, **packed) -> Tensor | tuple[Tensor, Tensor]:
+        """x [B, N, C] (or packed rows [T, C]) -> the same shape; normal: norm1(x), where it is known; the others are PrunedAttention's."""
         parts = self._modules
-        y = parts["attn"](normalise(parts["norm1"], x), attn_mask, is_causal, policy, class_attention=class_attention, **packed)
+        normal = normalise(parts["norm1"], x) if normal is None else normal
+        y = parts["attn"](normal, attn_mask, is_causal, policy, class_attention=class_attention, **packed)
         y, scores = y if class_attention else (y, None)
         x = self._finish(x, y)
         return (x, scores) if class_attention else x

@@ -47,6 +47,7 @@ class State(NamedTuple):
     num_patches: int = 0                # of this batch's images
     split: Split | None = None          # training, sparse_backward: x is the kept rows [L, C]
     dropped: Tensor | None = None       # the others [M, C]
+    normal: Tensor | None = None        # x as the next block's first norm makes it, where tokens were selected and normalised in one
 
     def on_grid(self) -> list[Tensor]:
         """`stages` with ids on the original grid, for whoever asks: logits need no gather."""

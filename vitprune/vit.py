@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from . import ops
 from .blocks import BlockPruning
-from .dense import PatchProduct, normalise
+from .dense import PatchProduct, normalise, plain_norm, watched
 from .layers import PrunedBlock, adopt
 from .ops.checks import fail
+from .ops.layer_norm import left_to_modules
+from .ops.linear import weight_and_bias
 from .ops.registry import transformed
 from .split import State
 from .tokens import TokenPredictor, TokenPruning, sample_policy
@@ -81,7 +83,7 @@ class _Pruned:
             raise ValueError("PrunedViT: attn_mask and is_causal must be off where tokens are pruned")
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
         num_patches = x.shape[1] - self.num_prefix_tokens
-        state, scores = State(None, num_patches=num_patches), None  # without x while blocks run: it would be held
+        state, scores, normal = State(None, num_patches=num_patches), None, None  # without x while blocks run: it would be held
         at = () if self.tokens is None else self.tokens.at
         asks = self.tokens is not None and self.tokens.score == "cls_attention"
         sparse is None or isinstance(sparse, bool) or fail("PrunedViT", "sparse_backward", "a bool or None", repr(sparse))
@@ -92,9 +94,9 @@ class _Pruned:
         options = {"attn_mask": attn_mask, "is_causal": is_causal} if masked else {}
         for i, block in enumerate(self.blocks):
             if i in at:
-                state = self._prune_tokens(state._replace(x=x).whole(), at.index(i), num_patches, scores)
+                state = self._prune_tokens(state._replace(x=x).whole(), at.index(i), num_patches, scores, block)
                 state = state.parted(at_least) if sparse else state
-                x, state = state.x, state._replace(x=None)
+                x, normal, state = state.x, state.normal, state._replace(x=None, normal=None)
                 options = {} if state.policy is None else {"policy": state.policy}
                 if state.cu_seqlens is not None:
                     options = {"cu_seqlens": state.cu_seqlens, "max_seqlen": num_patches + self.num_prefix_tokens}
@@ -103,15 +105,18 @@ class _Pruned:
                 state = state._replace(dropped=dropped)
                 continue
             asked = {"class_attention": True} if asks and i + 1 in at else {}
+            if normal is not None:
+                asked["normal"], normal = normal, None
             x = checkpoint(block, x, use_reentrant=False, **options, **asked) if checkpointed else block(x, **options, **asked)
-            x, scores = x if asked else (x, None)
+            x, scores = x if "class_attention" in asked else (x, None)
         x = normalise(self.norm, state._replace(x=x).whole().x)
         if state.cu_seqlens is not None:
             x = ops.expand_rows(x, state.cu_seqlens, state.mask)
         return state._replace(x=x)
 
-    def _prune_tokens(self, state: State, stage: int, num_patches: int, scores: Tensor | None) -> State:
-        P, x = self.num_prefix_tokens, state.x
+    def _prune_tokens(self, state: State, stage: int, num_patches: int, scores: Tensor | None, block: nn.Module) -> State:
+        """block: the one that follows."""
+        P, x, normal = self.num_prefix_tokens, state.x, None
         if self.tokens.score == "predictor" and self.training:
             previous = None if state.policy is None else state.policy[:, P:]
             decision = sample_policy(self.score_predictor[stage](x[:, P:], previous), previous)
@@ -130,8 +135,11 @@ class _Pruned:
                 scores = scores[:, P:]
             else:
                 scores = torch.rand(x.shape[0], x.shape[1] - P, device=x.device)
-            x, ids = ops.select_tokens(x, scores, k, prefix=P)
-        return state._replace(x=x, stages=(*state.stages, ids))
+            if type(block) is PrunedBlock and not watched(block) and plain_norm(block.norm1) and not left_to_modules(x.device):
+                x, ids, normal = ops.select_norm(x, scores, k, *weight_and_bias(block.norm1), block.norm1.eps, prefix=P)
+            else:
+                x, ids = ops.select_tokens(x, scores, k, prefix=P)
+        return state._replace(x=x, stages=(*state.stages, ids), normal=normal)
 
     def _prune_adaptively(self, state: State, stage: int) -> State:
         """Keep what exceeds the threshold, image by image, as packed rows (the count differs between images)."""

@@ -21,24 +21,33 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     check_tensors(OP, ("bias",), x=x, weight=weight, bias=bias)
     x.dim() > 0 or fail(OP, "x", "[..., C]", x.shape)
     dtype, device = x.dtype, x.device
-    check_float(OP, x=x, weight=weight, bias=bias)
     *rows, C = x.shape
-    is_eps(eps) or fail(OP, "eps", "a number >= 0", repr(eps))
-    for name, t in (("weight", weight), ("bias", bias)):
-        t is None or t.shape == (C,) or fail(OP, name, f"[C] = {(C,)}", t.shape)
-    bias is None or bias.dtype == weight.dtype or fail(OP, "bias", f"{weight.dtype} as weight", bias.dtype)
+    check_vectors(OP, x, weight, bias, eps)
     facts = {"weight": weight.dtype, "wide": True if C > 4096 else False, "large": large(prod(rows))}
     if autocasts(device):
         facts["autocast"] = True
     return call(OP, choose(OP, device, dtype, **facts), x, weight, bias, eps)
 
 
+def check_vectors(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+    """Raise ValueError where weight and bias are not those of x's channels, or eps is negative or no number."""
+    check_float(op, x=x, weight=weight, bias=bias)
+    is_eps(eps) or fail(op, "eps", "a number >= 0", repr(eps))
+    C = x.shape[-1]
+    for name, t in (("weight", weight), ("bias", bias)):
+        t is None or t.shape == (C,) or fail(op, name, f"[C] = {(C,)}", t.shape)
+    bias is None or bias.dtype == weight.dtype or fail(op, "bias", f"{weight.dtype} as weight", bias.dtype)
+
+
 def by_module(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """norm(x): by the operator where its kernel may serve; it has neither gradient nor autocast, and a backend that is forced for the
     other operators is no reason to fail."""
-    if torch.is_grad_enabled() or autocasts(x.device) or torch.jit.is_tracing():  # a trace tells parts by modules
-        return norm(x)
-    return layer_norm(x, *weight_and_bias(norm), norm.eps)
+    return norm(x) if left_to_modules(x.device) else layer_norm(x, *weight_and_bias(norm), norm.eps)
+
+
+def left_to_modules(device: torch.device) -> bool:
+    """Whether a gradient may be asked for, autocast decides, or a trace tells parts by modules."""
+    return torch.is_grad_enabled() or autocasts(device) or torch.jit.is_tracing()
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

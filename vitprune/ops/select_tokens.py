@@ -22,14 +22,20 @@ def select_tokens(x: Tensor, scores: Tensor, k: int, *, prefix: int = 1) -> tupl
     Raises ValueError for shapes that do not fit together and for k outside 0..N.
     """
     check_tensors(OP, x=x, scores=scores)
-    x.dim() == 3 or fail(OP, "x", "[B, P+N, C]", x.shape)
-    check_float(OP, x=x, scores=scores)
-    (is_int(prefix) and 0 <= prefix <= x.shape[1]) or fail(OP, "prefix", f"an int in 0..{x.shape[1]}, the number of tokens", repr(prefix))
-    N = x.shape[1] - prefix
-    scores.shape == (x.shape[0], N) or fail(OP, "scores", f"[B, N] = {(x.shape[0], N)}", scores.shape)
-    (is_int(k) and 0 <= k <= N) or fail(OP, "k", f"an int in 0..{N}", repr(k))
+    check_selection(OP, x, scores, k, prefix)
+    N = scores.shape[1]
     many = True if N > 4096 else False  # a branch on the size, not the size: what a graph chooses by must be constant
     return call(OP, choose(OP, x.device, x.dtype, scores=scores.dtype, many=many, large=large(scores.numel())), x, scores, k, prefix)
+
+
+def check_selection(op: str, x: Tensor, scores: Tensor, k: int, prefix: int) -> None:
+    """Raise ValueError where shapes and dtypes do not fit together or k is not in 0..N."""
+    x.dim() == 3 or fail(op, "x", "[B, P+N, C]", x.shape)
+    check_float(op, x=x, scores=scores)
+    (is_int(prefix) and 0 <= prefix <= x.shape[1]) or fail(op, "prefix", f"an int in 0..{x.shape[1]}, the number of tokens", repr(prefix))
+    N = x.shape[1] - prefix
+    scores.shape == (x.shape[0], N) or fail(op, "scores", f"[B, N] = {(x.shape[0], N)}", scores.shape)
+    (is_int(k) and 0 <= k <= N) or fail(op, "k", f"an int in 0..{N}", repr(k))
 
 
 def reference(x: Tensor, scores: Tensor, k: int, prefix: int) -> tuple[Tensor, Tensor]:

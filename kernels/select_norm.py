@@ -1,0 +1,75 @@
+"""Top-k of the scores, the gather of the kept rows and their LayerNorm in one launch, forward."""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import ceil_div, configs, layer_norm, power_of_2, select_tokens
+from .add_norm import as_rows, statistics
+from .policy_attention import on
+from .select_tokens import others, sources
+
+OP = "select_norm"
+
+
+# Not specialised: what differs from schedule to schedule and picture to picture, of which each would be compiled anew.
+@triton.jit(do_not_specialize=["P", "N", "K", "score_batch"])
+def select_norm_kernel(
+    x, scores, weight, bias, tokens, ids, y,
+    P, N, K, x_batch, x_token, score_batch, score_token, eps,
+    C: tl.constexpr, WIDE: tl.constexpr, PATCHES: tl.constexpr, OTHERS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):
+    """grid (images, tiles of ROWS output rows); every program of an image repeats the cheap selection."""
+    b = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    patch, token = sources(scores + b * score_batch, row, P, N, K, score_token, WIDE, PATCHES, OTHERS)
+    tl.store(ids + b * K + row - P, patch, mask=(row >= P) & (row < P + K))
+    channel = tl.arange(0, CHANNELS)
+    lane = channel < C
+    inside = (row < P + K)[:, None] & lane[None, :]
+    value = tl.load(x + b * x_batch + (token * x_token)[:, None] + channel[None, :], mask=inside, other=0.0)
+    out = (b * (P + K) + row.to(tl.int64))[:, None] * C + channel[None, :]
+    tl.store(tokens + out, value, mask=inside)
+    normal, _ = statistics(value.to(tl.float32), inside, eps, C)
+    normal *= tl.load(weight + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        normal += tl.load(bias + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + out, normal.to(y.dtype.element_ty), mask=inside)
+
+
+def default(dtype: torch.dtype, arch: int, *, C: int, **shape: int) -> dict:
+    """rows: of the output, of a program; pairs: of scores, compared at a time. Powers of two."""
+    width = power_of_2(C)
+    return {"rows": max(1, min(8, 2048 // width)), "pairs": 4096, "num_warps": 4 if width <= 1024 else 8}
+
+
+def candidates(dtype: torch.dtype, arch: int, *, C: int, **shape: int) -> list[dict]:
+    """What is worth timing, the default first."""
+    first = default(dtype, arch, C=C)
+    found = [first | change for change in ({"rows": 1}, {"rows": 2}, {"rows": 4}, {"rows": 8}, {"rows": 1, "num_warps": 8},
+                                           {"num_warps": 8}, {"pairs": 8192, "num_warps": 8}, {"pairs": 2048})]
+    return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i] and c["rows"] * power_of_2(C) <= 8192)]
+
+
+def refuses(device: torch.device, dtype: torch.dtype, *, scores: torch.dtype = torch.float32, many: bool = False, **facts) -> str | None:
+    """Why `launch` cannot serve, or None: the reasons of its two halves."""
+    return layer_norm.refuses(device, dtype, **facts) or select_tokens.refuses(device, dtype, scores=scores, many=many)
+
+
+def launch(x: Tensor, scores: Tensor, k: int, weight: Tensor, bias: Tensor | None, eps: float, prefix: int,
+           config: dict | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """`vitprune.ops.select_norm`; config: as `default` gives."""
+    B, N, C = x.shape
+    tokens, y = (torch.empty(B, prefix + k, C, dtype=x.dtype, device=x.device) for _ in range(2))
+    ids = torch.empty(B, k, dtype=torch.int64, device=x.device)
+    if tokens.numel() == 0:  # of no channels there are still ids
+        return *select_tokens.launch(x, scores, k, prefix), y
+    arch = configs.capability(x.device)
+    config = config or configs.nearest(OP, arch, x.dtype, (("B", B), ("N", N), ("C", C))) or default(x.dtype, arch, C=C)
+    x, patches = as_rows(x), power_of_2(max(N - prefix, 1))
+    with on(x.device):
+        select_norm_kernel[(B, ceil_div(prefix + k, config["rows"]))](
+            x, scores, weight.contiguous(), bias if bias is None else bias.contiguous(), tokens, ids, y,
+            prefix, N - prefix, k, *x.stride()[:2], *scores.stride(), eps, C=C, WIDE=scores.dtype == torch.float64, PATCHES=patches,
+            OTHERS=others(patches, config["pairs"], scores), ROWS=config["rows"], CHANNELS=power_of_2(C), num_warps=config["num_warps"])
+    return tokens, ids, y
