@@ -21,6 +21,16 @@ def statistics(s, inside, eps, C: tl.constexpr):
     return tl.where(inside, centred * rstd, 0.0), rstd
 
 
+@triton.jit
+def normalised(s, weight, bias, channel, inside, eps, C: tl.constexpr):
+    """LayerNorm of rows, in float32."""
+    normal, _ = statistics(s, inside, eps, C)
+    normal *= tl.load(weight + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        normal += tl.load(bias + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
+    return normal
+
+
 @triton.jit(do_not_specialize=["R", "N"])
 def add_norm_kernel(
     x, residual, weight, bias, gamma, s, y,
@@ -40,11 +50,7 @@ def add_norm_kernel(
     total = total.to(s.dtype.element_ty)  # the norm is that of the sum returned: the gradient sees the same one
     out = row[:, None] * C + channel[None, :]
     tl.store(s + out, total, mask=inside)
-    normal, _ = statistics(total.to(tl.float32), inside, eps, C)
-    normal *= tl.load(weight + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        normal += tl.load(bias + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + out, normal.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + out, normalised(total.to(tl.float32), weight, bias, channel, inside, eps, C).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["R", "N", "P"])

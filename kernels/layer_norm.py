@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import ceil_div, configs, power_of_2
-from .add_norm import DTYPES, MAX_CHANNELS, as_rows, statistics
+from .add_norm import DTYPES, MAX_CHANNELS, as_rows, normalised
 from .policy_attention import on
 
 OP = "layer_norm"
@@ -16,13 +16,9 @@ def layer_norm_kernel(x, weight, bias, y, R, N, x_batch, x_row, eps, C: tl.const
     """grid (tiles of ROWS rows); x is [R / N, N, C]."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
-    lane = channel < C
-    inside = (row < R)[:, None] & lane[None, :]
+    inside = (row < R)[:, None] & (channel < C)[None, :]
     value = tl.load(x + (row // N)[:, None] * x_batch + (row % N)[:, None] * x_row + channel[None, :], mask=inside, other=0.0)
-    normal, _ = statistics(value.to(tl.float32), inside, eps, C)
-    normal *= tl.load(weight + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        normal += tl.load(bias + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
+    normal = normalised(value.to(tl.float32), weight, bias, channel, inside, eps, C)
     tl.store(y + row[:, None] * C + channel[None, :], normal.to(y.dtype.element_ty), mask=inside)
 
 

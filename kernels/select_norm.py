@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import ceil_div, configs, layer_norm, power_of_2, select_tokens
-from .add_norm import as_rows, statistics
+from .add_norm import as_rows, normalised
 from .policy_attention import on
 from .select_tokens import others, sources
 
@@ -25,16 +25,11 @@ def select_norm_kernel(
     patch, token = sources(scores + b * score_batch, row, P, N, K, score_token, WIDE, PATCHES, OTHERS)
     tl.store(ids + b * K + row - P, patch, mask=(row >= P) & (row < P + K))
     channel = tl.arange(0, CHANNELS)
-    lane = channel < C
-    inside = (row < P + K)[:, None] & lane[None, :]
+    inside = (row < P + K)[:, None] & (channel < C)[None, :]
     value = tl.load(x + b * x_batch + (token * x_token)[:, None] + channel[None, :], mask=inside, other=0.0)
     out = (b * (P + K) + row.to(tl.int64))[:, None] * C + channel[None, :]
     tl.store(tokens + out, value, mask=inside)
-    normal, _ = statistics(value.to(tl.float32), inside, eps, C)
-    normal *= tl.load(weight + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
-    if bias is not None:
-        normal += tl.load(bias + channel, mask=lane, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + out, normal.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + out, normalised(value.to(tl.float32), weight, bias, channel, inside, eps, C).to(y.dtype.element_ty), mask=inside)
 
 
 def default(dtype: torch.dtype, arch: int, *, C: int, **shape: int) -> dict:
