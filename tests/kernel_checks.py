@@ -14,7 +14,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 
+from vitprune import cases
+from vitprune.cases import Size
 from vitprune.native import reason_cpp
+from vitprune.ops import backend, registry
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = [pytest.param("cpu", marks=[pytest.mark.interpreter, pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")]),
@@ -169,3 +172,24 @@ def compile_launch(kernel, args, options: dict, arch: int) -> dict:
           f"{compiled.metadata.shared} B shared")
     return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared,
             "ptx": compiled.asm["ptx"], "cubin": compiled.asm["cubin"]}
+
+
+SMALL = Size(2, 1, 0.5, tokens=9)
+FORWARD_ONLY = ("layer_norm", "score_tokens", "select_norm")  # in Triton
+
+
+def prepared(case, size, device, dtype=torch.float32):
+    """(function, arguments, gradients of its outputs)"""
+    function, args = cases.inputs(case, size, torch.device(device), dtype)
+    with backend("reference"):
+        return function, args, cases.upstream(cases.run(function, args, None))
+
+
+def forced(case, name, device, **facts):
+    """The backend of that name; skips where the operator has none or it cannot run there."""
+    op = case.split()[0]
+    if name not in registry.TABLES[op]:
+        pytest.skip(f"{op} has no {name}")
+    if reason := registry.table(op, torch.device(device), **facts)[name]:
+        pytest.skip(reason)
+    return backend(name)
