@@ -4,6 +4,7 @@ brief: a few shapes and dtypes, those that matter most first, for bench/card.py,
 A row has wall time, "ms"; on a GPU also "gpu_ms", without what the host takes and with a cold cache.
 """
 import argparse
+import contextlib
 import functools
 import json
 import statistics
@@ -33,10 +34,13 @@ def times(calls: dict, device: torch.device, min_time: float) -> tuple[dict[str,
     return {n: statistics.median(t) for n, t in found.items()}, {n: [min(t), max(t)] for n, t in found.items()}
 
 
-def timed(calls: dict, device: torch.device, min_time: float) -> dict:
-    """The columns "ms", "spread_ms" and on a GPU "gpu_ms" of a row."""
+def timed(calls: dict, device: torch.device, min_time: float, graph: bool = True) -> dict:
+    """The columns "ms", "spread_ms" and on a GPU "gpu_ms" of a row; graph: that one with what serves in a CUDA graph, where it is free."""
     ms, spread = times(calls, device, min_time)
-    return {"ms": ms, "spread_ms": spread} | ({"gpu_ms": gpu_times(calls, device)} if device.type == "cuda" else {})
+    if device.type != "cuda":
+        return {"ms": ms, "spread_ms": spread}
+    with registry.for_graph() if graph else contextlib.nullcontext():
+        return {"ms": ms, "spread_ms": spread, "gpu_ms": gpu_times(calls, device)}
 
 
 def forced(name: str, function: Callable, **options) -> Callable:

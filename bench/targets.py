@@ -61,7 +61,8 @@ def select(jobs: dict[str, list[dict]]):
     """In one kernel or in two, whichever is faster; files from before there was one have the two among the selection's rows."""
     for row in first([*jobs.get("select_norm", ()), *(r for r in jobs.get("select_tokens", ()) if "norm" in r.get("op", ""))], B=1):
         ms = row["gpu_ms"]
-        ours, why = min(t for name, t in ms.items() if name.split()[0] in ("triton", "cuda")), "" if "select_norm" in jobs else LAUNCHES
+        ours = min((t for name, t in ms.items() if name.split()[0] in ("triton", "cuda")), default=ms["reference"])
+        why = "not profiled" if "select_norm" in jobs else LAUNCHES
         yield ("select_tokens", f"with the norm that follows, batch 1, {row['C']} channels: at most 1.2 times that norm",
                f"{ours / ms['norm alone']:.2f}", ours <= 1.2 * ms["norm alone"], why)
         gains = [ms[name] / ours for name in ("reference", "argsort, gather")]

@@ -43,7 +43,7 @@ def rows(device: torch.device, min_time: float = 0.05):
             keep_memory()
         for row in found:
             calls, row["dtype"] = steps(row["batch"], device)
-            for column, values in timed(calls, device, min_time).items():
+            for column, values in timed(calls, device, min_time, graph=False).items():
                 row.setdefault(column, {}).update({name + ", memory kept" * kept: value for name, value in values.items()})
     yield from found
 

@@ -48,11 +48,15 @@ def features_kernel(x, norm_w, norm_b, w, b, mask, local, sums, N, x_batch, x_ro
         total += tl.sum(tl.load(rows + (k + depth)[None, :], mask=inside[:, None] & (k + depth < C)[None, :], other=0.0).to(tl.float32), 1)
     mean = total / C
     total = tl.zeros((ROWS,), tl.float32)
+    off = tl.zeros((ROWS,), tl.float32)  # what rounding made of the mean, as in add_norm.py
     for k in range(0, C, DEPTH):
         value = tl.load(rows + (k + depth)[None, :], mask=inside[:, None] & (k + depth < C)[None, :], other=0.0).to(tl.float32)
         value = tl.where((k + depth < C)[None, :], value - mean[:, None], 0.0)
         total += tl.sum(value * value, 1)
-    scale = 1.0 / tl.sqrt(total / C + eps)
+        off += tl.sum(value, 1)
+    off /= C
+    scale = 1.0 / tl.sqrt(tl.maximum(total / C - off * off, 0.0) + eps)
+    mean += off
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, C, DEPTH):
         lane = k + depth < C

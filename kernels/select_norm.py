@@ -7,42 +7,47 @@ from torch import Tensor
 from . import ceil_div, configs, layer_norm, power_of_2, select_tokens
 from .add_norm import as_rows, normalised
 from .policy_attention import on
-from .select_tokens import others, sources
+from .select_tokens import others, places, sources
 
 OP = "select_norm"
 
 
 # Not specialised: what differs from schedule to schedule and picture to picture, of which each would be compiled anew.
-@triton.jit(do_not_specialize=["P", "N", "K", "score_batch"])
+@triton.jit(do_not_specialize=["P", "N", "K", "TILES", "score_batch"])
 def select_norm_kernel(
     x, scores, weight, bias, tokens, ids, y,
-    P, N, K, x_batch, x_token, score_batch, score_token, eps,
+    P, N, K, TILES, x_batch, x_token, score_batch, score_token, eps,
     C: tl.constexpr, WIDE: tl.constexpr, PATCHES: tl.constexpr, OTHERS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):
-    """grid (images, tiles of ROWS output rows); every program of an image repeats the cheap selection."""
+    """grid (images, groups of TILES tiles of ROWS output rows); every program of an image repeats the selection."""
     b = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    patch, token = sources(scores + b * score_batch, row, P, N, K, score_token, WIDE, PATCHES, OTHERS)
-    tl.store(ids + b * K + row - P, patch, mask=(row >= P) & (row < P + K))
+    place = places(scores + b * score_batch, N, K, score_token, WIDE, PATCHES, OTHERS)
     channel = tl.arange(0, CHANNELS)
-    inside = (row < P + K)[:, None] & (channel < C)[None, :]
-    value = tl.load(x + b * x_batch + (token * x_token)[:, None] + channel[None, :], mask=inside, other=0.0)
-    out = (b * (P + K) + row.to(tl.int64))[:, None] * C + channel[None, :]
-    tl.store(tokens + out, value, mask=inside)
-    tl.store(y + out, normalised(value.to(tl.float32), weight, bias, channel, inside, eps, C).to(y.dtype.element_ty), mask=inside)
+    for tile in range(tl.program_id(1) * TILES, tl.minimum((tl.program_id(1) + 1) * TILES, tl.cdiv(P + K, ROWS))):
+        row = tile * ROWS + tl.arange(0, ROWS)
+        patch, token = sources(place, row, P, PATCHES)
+        tl.store(ids + b * K + row - P, patch, mask=(row >= P) & (row < P + K))
+        inside = (row < P + K)[:, None] & (channel < C)[None, :]
+        value = tl.load(x + b * x_batch + (token * x_token)[:, None] + channel[None, :], mask=inside, other=0.0)
+        out = (b * (P + K) + row.to(tl.int64))[:, None] * C + channel[None, :]
+        tl.store(tokens + out, value, mask=inside)
+        tl.store(y + out, normalised(value.to(tl.float32), weight, bias, channel, inside, eps, C).to(y.dtype.element_ty), mask=inside)
 
 
-def default(dtype: torch.dtype, arch: int, *, C: int, **shape: int) -> dict:
-    """rows: of the output, of a program; pairs: of scores, compared at a time. Powers of two."""
+def default(dtype: torch.dtype, arch: int, *, C: int, B: int = 1, N: int = 197) -> dict:
+    """rows: of the output, normalised at a time; tiles: of so many rows, of a program, more than one where there are programs enough;
+    pairs: of scores, compared at a time. Powers of two but for tiles."""
     width = power_of_2(C)
-    return {"rows": max(1, min(8, 2048 // width)), "pairs": 4096, "num_warps": 4 if width <= 1024 else 8}
+    rows = max(1, min(8, 2048 // width))
+    return {"rows": rows, "tiles": max(1, B * ceil_div(N, rows) // 1024), "pairs": 4096, "num_warps": 4 if width <= 1024 else 8}
 
 
-def candidates(dtype: torch.dtype, arch: int, *, C: int, **shape: int) -> list[dict]:
+def candidates(dtype: torch.dtype, arch: int, *, C: int, B: int = 1, N: int = 197) -> list[dict]:
     """What is worth timing, the default first."""
-    first = default(dtype, arch, C=C)
-    found = [first | change for change in ({"rows": 1}, {"rows": 2}, {"rows": 4}, {"rows": 8}, {"rows": 1, "num_warps": 8},
-                                           {"num_warps": 8}, {"pairs": 8192, "num_warps": 8}, {"pairs": 2048})]
+    first = default(dtype, arch, C=C, B=B, N=N)
+    more = ({"rows": 1}, {"rows": 2}, {"rows": 8}, {"num_warps": 8}, {"pairs": 8192, "num_warps": 8}, {"tiles": 2 * first["tiles"]},
+            {"tiles": 4 * first["tiles"]}, {"tiles": max(1, first["tiles"] // 2)})
+    found = [first | change for change in more]
     return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i] and c["rows"] * power_of_2(C) <= 8192)]
 
 
@@ -60,11 +65,12 @@ def launch(x: Tensor, scores: Tensor, k: int, weight: Tensor, bias: Tensor | Non
     if tokens.numel() == 0:  # of no channels there are still ids
         return *select_tokens.launch(x, scores, k, prefix), y
     arch = configs.capability(x.device)
-    config = config or configs.nearest(OP, arch, x.dtype, (("B", B), ("N", N), ("C", C))) or default(x.dtype, arch, C=C)
+    config = config or configs.nearest(OP, arch, x.dtype, (("B", B), ("N", N), ("C", C))) or default(x.dtype, arch, C=C, B=B, N=N)
     x, patches = as_rows(x), power_of_2(max(N - prefix, 1))
     with on(x.device):
-        select_norm_kernel[(B, ceil_div(prefix + k, config["rows"]))](
+        select_norm_kernel[(B, ceil_div(prefix + k, config["rows"] * config["tiles"]))](
             x, scores, weight.contiguous(), bias if bias is None else bias.contiguous(), tokens, ids, y,
-            prefix, N - prefix, k, *x.stride()[:2], *scores.stride(), eps, C=C, WIDE=scores.dtype == torch.float64, PATCHES=patches,
-            OTHERS=others(patches, config["pairs"], scores), ROWS=config["rows"], CHANNELS=power_of_2(C), num_warps=config["num_warps"])
+            prefix, N - prefix, k, config["tiles"], *x.stride()[:2], *scores.stride(), eps,
+            C=C, WIDE=scores.dtype == torch.float64, PATCHES=patches, OTHERS=others(patches, config["pairs"], scores),
+            ROWS=config["rows"], CHANNELS=power_of_2(C), num_warps=config["num_warps"])
     return tokens, ids, y

@@ -27,8 +27,8 @@ def _order_keys(scores, WIDE: tl.constexpr):
 
 
 @triton.jit
-def sources(scores, row, P, N, K, score_token, WIDE: tl.constexpr, PATCHES: tl.constexpr, OTHERS: tl.constexpr):
-    """Of output rows `row` of the image with these scores: the patch each holds, int64, where it is no prefix token; its row in x."""
+def places(scores, N, K, score_token, WIDE: tl.constexpr, PATCHES: tl.constexpr, OTHERS: tl.constexpr):
+    """Where each patch of the image with these scores goes among the K that are kept; -1 for the others."""
     patch = tl.arange(0, PATCHES)
     score = tl.load(scores + patch.to(tl.int64) * score_token, mask=patch < N, other=0.0)
     key = _order_keys(score, WIDE)[:, None]
@@ -40,9 +40,14 @@ def sources(scores, row, P, N, K, score_token, WIDE: tl.constexpr, PATCHES: tl.c
         before = (other_key > key) | ((other_key == key) & (other[None, :] < patch[:, None]))
         ahead += (before & (other < N)[None, :]).to(tl.int32)
     kept = (tl.sum(ahead, 1) < K) & (patch < N)
-    place = tl.where(kept, tl.cumsum(kept.to(tl.int32), 0) - 1, -1)
+    return tl.where(kept, tl.cumsum(kept.to(tl.int32), 0) - 1, -1)
+
+
+@triton.jit
+def sources(place, row, P, PATCHES: tl.constexpr):
+    """The patch that each output row holds, int64, where it is no prefix token; its row in x."""
     here = place[None, :] == row[:, None] - P
-    found = tl.sum(tl.where(here, patch[None, :], 0), 1).to(tl.int64)
+    found = tl.sum(tl.where(here, tl.arange(0, PATCHES)[None, :], 0), 1).to(tl.int64)
     return found, tl.where(row < P, row, P + found)
 
 
@@ -57,7 +62,7 @@ def select_tokens_kernel(
     """grid (images, tiles of ROWS output rows); every program of an image repeats the cheap selection."""
     b = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    patch, token = sources(scores + b * score_batch, row, P, N, K, score_token, WIDE, PATCHES, OTHERS)
+    patch, token = sources(places(scores + b * score_batch, N, K, score_token, WIDE, PATCHES, OTHERS), row, P, PATCHES)
     tl.store(ids + b * K + row - P, patch, mask=(row >= P) & (row < P + K))
 
     for start in range(0, C, CHANNELS):

@@ -238,7 +238,7 @@ def test_a_target_is_of_whichever_kernel_is_faster(tmp_path):
                                         "argsort, gather": 0.024}}
     (tmp_path / "card-nvidia-h200.json").write_text(json.dumps({"jobs": [{"name": "select_norm", "rows": [row]}]}))
     lines = [[cell.strip() for cell in line.split("|")[3:6]] for line in targets.table(tmp_path).splitlines()[2:]]
-    assert lines == [["1.20", "reached", ""], ["10.0, 4.0", "missed", ""]]
+    assert lines == [["1.20", "reached", ""], ["10.0, 4.0", "missed", "not profiled"]]
 
 
 def test_gains_are_of_the_newest_file_and_the_fastest_engines(tree):

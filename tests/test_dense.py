@@ -53,15 +53,27 @@ def test_hooks_see_every_module(register, share):
     assert found[0] == found[1] and len(found[0]) > 20
 
 
-@pytest.mark.parametrize("name", ["norm", "patch_embed.proj", "blocks.0.norm1", "blocks.0.ls1", "blocks.0.norm2", "blocks.0.mlp.fc2"])
-def test_a_hook_may_change_what_its_module_gives(name):
+def double(module, how):
+    if how == "hook":
+        module.register_forward_hook(lambda module, args, out: 2 * out)
+    else:
+        module.forward = lambda *args, own=module.forward, **options: 2 * own(*args, **options)
+
+
+@pytest.mark.parametrize("name", ["norm", "patch_embed.proj", "blocks.0.norm1", "blocks.0.ls1", "blocks.0.norm2", "blocks.0.mlp.fc2",
+                                  "blocks.0.drop_path1", "blocks.0.attn", "blocks.0.mlp", "blocks.0.ls2", "blocks.0"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_a_hook_may_change_what_its_module_gives(how, grad, name):
+    """And so may a forward in place of its own."""
     dense = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=1, num_heads=3, init_values=0.1).eval()
     images, pruned = torch.randn(2, 3, 32, 32), prune(dense, blocks=BlockPruning()).eval()
-    before = dense(images)
-    for model in (dense, pruned):
-        model.get_submodule(name).register_forward_hook(lambda module, args, out: 2 * out)
-    assert not torch.allclose(dense(images), before)
-    torch.testing.assert_close(pruned(images), dense(images))
+    with torch.set_grad_enabled(grad):
+        before = dense(images)
+        for model in (dense, pruned):
+            double(model.get_submodule(name), how)
+        assert not torch.allclose(dense(images), before)
+        torch.testing.assert_close(pruned(images), dense(images))
 
 
 class Adapter(nn.Module):

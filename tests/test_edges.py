@@ -43,6 +43,20 @@ def test_norms(name, device, B, N):
         check(name, lambda *args: ops.layer_norm(*args, 1e-6), [x, weight, bias], learns=False)
 
 
+@pytest.mark.parametrize("C", [24, 384, 768])
+@pytest.mark.parametrize("name, device", TRITON + CUDA)
+def test_norms_of_nearly_equal_values(name, device, C):
+    """A thousandth of them would be a thousand times what rounding makes of their mean."""
+    rows, noise, weight, bias = randoms(device, (3, 15, 1), (3, 15, C), (C,), (C,))
+    for spread in (0, 1e-6, 1e-4):
+        x = rows + spread * noise
+        check(name, lambda *args: ops.add_norm(*args, 1e-6), [x, torch.zeros_like(x), weight, bias], tolerance=3e-5)
+        if name == "triton":
+            check(name, lambda *args: ops.layer_norm(*args, 1e-6), [x, weight, bias], learns=False, tolerance=3e-5)
+            check(name, lambda x, scores, w, b: ops.select_norm(x, scores, 9, w, b, 1e-6), [x, noise[:, 1:, 0], weight, bias], learns=False,
+                  tolerance=3e-5)
+
+
 @pytest.mark.parametrize("B, N", SIZES)
 @pytest.mark.parametrize("name, device", TRITON + CUDA)
 def test_compaction(name, device, B, N):

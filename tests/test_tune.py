@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from kernel_checks import INTERPRETED
+from kernel_checks import CPP, INTERPRETED
 from vitprune.kernels import configs
 
 from vitprune import cases, doctor, tune
@@ -321,6 +321,22 @@ def test_command(machine, capsys):
 
 @pytest.mark.interpreter
 @pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")
+@CPP
+def test_an_operator_made_of_others_is_timed_with_what_serves_them(monkeypatch):
+    """Beside the plain form of its parts any kernel would look fast; its check wants that form."""
+    def never(*args):
+        raise AssertionError("the plain selection")
+
+    trial = tune.Trial(tune.Item("select_norm", "float32", Size(1, 1, 0.5, tokens=9), False), CPU)
+    monkeypatch.setitem(registry.TABLES["select_tokens"], "reference", Backend("reference", never, composite=True))
+    trial.call("reference", False)()
+    with pytest.raises(AssertionError, match="the plain selection"):
+        trial.run("reference", None)
+    for op, message in (("select_norm", "name must be one of reference, triton, got 'cpp'"), ("norm", "op must be one of .*, got 'norm'")):
+        with pytest.raises(ValueError, match=f"^backend: {message}"), registry.backend("cpp", op):
+            pass
+
+
 @pytest.mark.parametrize("operators", [["expand_rows", "add_norm", "select_tokens"],
                                        pytest.param([*registry.TABLES], marks=pytest.mark.long, id="all")])
 def test_real_kernels_interpreted(operators, monkeypatch, tmp_path):

@@ -273,7 +273,7 @@ class PrunedBlock(Block):
         """Whether `forward_split` equals `forward`: every part is as made here or by timm, all but attention works token by token and
         draws nothing, and nobody watches or has compiled it."""
         def plain(m: nn.Module) -> bool:
-            return type(m) in _PLAIN and "forward" not in m.__dict__ and m._compiled_call_impl is None and not watched(m) and not (
+            return type(m) in _PLAIN and m._compiled_call_impl is None and not watched(m) and not (
                 m.training and m is not self.attn.attn_drop and (getattr(m, "p", 0) > 0 or (getattr(m, "drop_prob", 0) or 0) > 0))
         return self.attn.live_heads > 0 and not _has_any_global_hook() and all(map(plain, self.modules()))
 

@@ -153,12 +153,13 @@ class Trial:
         """Whether that backend can run forward, or with its gradient."""
         return registry.find(self.item.op, name).refuses(self.device, self.dtype, **{**self.facts, "grad": backward}) is None
 
-    def run(self, name: str, ups: list[Tensor] | None, args: list[Tensor] | None = None) -> list[Tensor]:
-        with registry.backend(name):
+    def run(self, name: str, ups: list[Tensor] | None, args: list[Tensor] | None = None, alone: bool = False) -> list[Tensor]:
+        with registry.backend(name, self.item.op if alone else None):
             return cases.run(self.function, self.args if args is None else args, ups)
 
     def call(self, name: str, backward: bool) -> Callable[[], list[Tensor]]:
-        return lambda: self.run(name, self.ups if backward else None)
+        """To be timed, as a model calls it: an operator that is composed of others runs them by what serves."""
+        return lambda: self.run(name, self.ups if backward else None, alone=True)
 
     def fails(self, name: str) -> str | None:
         """Why a backend may not serve: an output or gradient further from float64 than twice the plain form's (+1e-5), or an error.
@@ -208,7 +209,8 @@ def work(item: Item, state: State, min_time: float) -> None:
             times = interleave(calls, min_time=min_time, synchronise=synchronise)
             measured = {False: {name: statistics.median(t) for name, t in times.items()}}
             if state.device.type == "cuda":
-                measured[True] = gpu_times(calls, state.device)
+                with registry.for_graph():
+                    measured[True] = gpu_times(calls, state.device)
             for graph, ms in measured.items():
                 facts = {**trial.facts, "grad": backward} | ({"graph": True} if graph else {})
                 state.rows[item.case, item.kind, item.size, backward, graph] = {

@@ -50,7 +50,8 @@ __device__ inline void row_sums(float (&x)[n], const Row &row) {
   for (int warp = first; warp < first + row.lanes / 32; warp++) UNROLL for (int i = 0; i < n; i++) x[i] += sums[warp][i];
 }
 
-// x becomes x - mean, 0 past the row's end.
+// x becomes x - mean, 0 past the row's end; what rounding made of the mean, which a row of nearly equal values shows a thousand times as
+// large, is taken out with the next sums.
 template <int UNIT>
 __device__ inline void centre(float (&x)[HELD], int C, const Row &row) {
   float sum[1] = {};
@@ -77,12 +78,15 @@ __device__ void forward(const AddNormParams &p) {
   UNROLL for (int i = 0; i < HELD; i++) total[i] = to_float(rounded<S>(total[i] + other[i]));
   store_row<UNIT>((S *)p.s + row * p.C, total, mine);
   centre<UNIT>(total, p.C, mine);
-  float square[1] = {};
-  UNROLL for (int i = 0; i < HELD; i++) square[0] += total[i] * total[i];
-  row_sums(square, mine);
-  const float rstd = rsqrtf(square[0] / p.C + p.eps);
+  float of[2] = {};  // total^2, total
+  UNROLL for (int i = 0; i < HELD; i++) {
+    of[0] += total[i] * total[i];
+    of[1] += total[i];
+  }
+  row_sums(of, mine);
+  const float off = of[1] / p.C, rstd = rsqrtf(fmaxf(of[0] / p.C - off * off, 0) + p.eps);
   load_vector<UNIT, S>(other, p.weight, p.wide_vectors, mine);
-  UNROLL for (int i = 0; i < HELD; i++) total[i] *= rstd * other[i];
+  UNROLL for (int i = 0; i < HELD; i++) total[i] = (total[i] - off) * rstd * other[i];
   if (p.bias) {
     load_vector<UNIT, S>(other, p.bias, p.wide_vectors, mine);
     UNROLL for (int i = 0; i < HELD; i++) total[i] += other[i];
@@ -106,16 +110,18 @@ __device__ void backward(const AddNormParams &p) {
     load_row<UNIT>(grad, (const S *)p.ds + b * p.ds_batch + n * p.ds_row, mine);
     load_vector<UNIT, S>(weight, p.weight, p.wide_vectors, mine);
     centre<UNIT>(normal, p.C, mine);
-    float of[3] = {};  // normal^2, dn, dn * normal, where dn = up * weight
+    float of[4] = {};  // normal^2, dn, dn * normal, normal, where dn = up * weight
     UNROLL for (int i = 0; i < HELD; i++) {
       of[0] += normal[i] * normal[i];
       of[1] += up[i] * weight[i];
       of[2] += up[i] * weight[i] * normal[i];
+      of[3] += normal[i];
     }
     row_sums(of, mine);
-    const float rstd = mine.units ? rsqrtf(of[0] / p.C + p.eps) : 0, mean = of[1] / p.C, slope = of[2] / p.C * rstd;
+    const float off = of[3] / p.C, rstd = mine.units ? rsqrtf(fmaxf(of[0] / p.C - off * off, 0) + p.eps) : 0;
+    const float mean = of[1] / p.C, slope = (of[2] / p.C - off * mean) * rstd;
     UNROLL for (int i = 0; i < HELD; i++) {
-      normal[i] *= rstd;
+      normal[i] = (normal[i] - off) * rstd;
       grad[i] += (up[i] * weight[i] - mean - normal[i] * slope) * rstd;
       gathered[0][i] += up[i] * normal[i];
       gathered[1][i] += up[i];

@@ -19,7 +19,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 FAR = 2.0  # doublings of sizes beyond which the nearest configuration may be a bad one
-COUNTS = ("spans", "programs", "stages")  # ends of names; tiles and warps are powers of two
+COUNTS = ("spans", "programs", "stages", "tiles")  # ends of names; tiles and warps are powers of two
 TILES = {"queries": (16, 256), "keys": (16, 256), "warps": (1, 32)}  # ends of names: the least and the most that kernels work with
 _tuned: dict[int, dict] = {}   # by compute capability, a table as in the files
 _said: set[str] = set()        # operators for which the nearest configuration served

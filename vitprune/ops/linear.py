@@ -39,8 +39,10 @@ def weight_and_bias(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether a hook expects to see this module called; those of all modules at once, as FLOP counters set them, change nothing."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether a hook, or a forward of the module's own, expects to be called; hooks of all modules at once, as FLOP counters set them,
+    change nothing."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+                or "forward" in module.__dict__)
 
 
 def pack(w: Tensor, rows: int) -> Tensor | None:

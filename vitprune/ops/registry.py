@@ -27,6 +27,7 @@ KEYS = {"cpu": torch._C.DispatchKey.AutocastCPU, "cuda": torch._C.DispatchKey.Au
 class _Local(threading.local):
     """What a thread has chosen; defaults of the class, since a `getattr` that finds nothing takes longer than all else in `choose`."""
     forced: str | None = None
+    only: str | None = None  # the operator that it is forced for; None: all
     graph = False
     asked: list | None = None
 
@@ -51,10 +52,11 @@ class Backend:
 
 
 @contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Force the backend of that name, in this thread, for every operator called inside that has one.
+def backend(name: str, op: str | None = None) -> Iterator[None]:
+    """Force the backend of that name, in this thread, for every operator called inside that has one; or for `op` alone, whose parts then
+    choose as always where they are operators too.
 
-    Raises ValueError for a name no operator knows, RuntimeError inside of what torch.compile traces, where it would have no
+    Raises ValueError for a name no operator (or not `op`) knows, RuntimeError inside of what torch.compile traces, where it would have no
     effect: choose around the compiled function. An operator that has the backend but cannot use it raises
     RuntimeError with the reason; an operator that does not have it chooses as always. A graph that torch.compile has
     traced keeps the choice made when it was traced. What torch.utils.checkpoint recomputes in a backward pass is computed outside of the
@@ -62,14 +64,17 @@ def backend(name: str) -> Iterator[None]:
     """
     if torch.compiler.is_compiling():
         raise RuntimeError("backend: it must be chosen around the compiled function, not inside of it")
-    known = sorted({name for table in TABLES.values() for name in table})
+    if op is not None and op not in TABLES:
+        raise ValueError(f"backend: op must be one of {', '.join(TABLES)}, got {op!r}")
+    known = sorted({name for table in TABLES.values() for name in table} if op is None else TABLES[op])
     if name not in known:
         raise ValueError(f"backend: name must be one of {', '.join(known)}, got {name!r}")
-    previous, _local.forced = _local.forced, name
+    previous = _local.forced, _local.only
+    _local.forced, _local.only = name, op
     try:
         yield
     finally:
-        _local.forced = previous
+        _local.forced, _local.only = previous
 
 
 @contextlib.contextmanager
@@ -89,10 +94,10 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
 
     The one measured fastest on that card (vitprune/ops/dispatch.py), else the first of the table that can run.
     """
-    if torch.compiler.is_exporting() or (torch._C._is_tracing() and _local.forced is None):
+    forced = _local.forced if _local.only is None or _local.only == op else None
+    if torch.compiler.is_exporting() or (torch._C._is_tracing() and forced is None):
         # an exported graph must run where this package is not installed
         return next(b.name for b in TABLES[op].values() if b.composite)
-    forced = _local.forced
     dual = torch.autograd.forward_ad._current_level >= 0  # kernels would drop the tangents
     if dual or torch._C._are_functorch_transforms_active():
         if forced in TABLES[op] and not TABLES[op][forced].composite:
@@ -112,7 +117,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, **facts) -> str:
 @torch.compiler.assume_constant_result
 def plain_form(op: str, name: str) -> str:
     """What serves where no kernel can: the composite backend of that name, or another one that is forced."""
-    forced, entries = _local.forced, TABLES[op]
+    forced, entries = _local.forced if _local.only is None or _local.only == op else None, TABLES[op]
     return forced if forced in entries and entries[forced].composite else name
 
 

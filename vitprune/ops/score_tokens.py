@@ -53,7 +53,7 @@ def _layers(predictor: nn.Module) -> list[nn.Module] | None:
     layers = _parts(predictor, "in_conv") + _parts(predictor, "out_conv")
     if [type(m) for m in layers] != KINDS or any(layers[i].approximate != "none" for i in (2, 4, 6)) or layers[8].dim not in (-1, 2):
         return None
-    if any(watched(m) or "forward" in m.__dict__ for m in (predictor, predictor.in_conv, predictor.out_conv, *layers)):
+    if any(watched(m) for m in (predictor, predictor.in_conv, predictor.out_conv, *layers)):
         return None
     return layers
 
