@@ -196,12 +196,26 @@ def _pruned(model: dict) -> str:
     return ", ".join(f"{what} {model[what]}" for what in ("tokens", "heads", "hidden") if model[what] is not None)
 
 
+def resources(data: dict) -> str:
+    """Registers and shared memory of each kernel by architecture; spills where there are any."""
+    archs = sorted({arch for row in data["kernels"].values() for arch in row}, key=int)
+    lines = [f"Triton {data['triton']}, DeiT-S, float16, batch {data['batch']}, 197 tokens, half of the blocks live.", "",
+             f"| kernel | {' | '.join(f'{int(arch) // 10}.{int(arch) % 10}' for arch in archs)} |", "|-" * (len(archs) + 1) + "|"]
+    for name, row in data["kernels"].items():
+        took = [row.get(arch) for arch in archs]
+        cells = [f"{t[0]}, {t[2] / 1024:.3g}" + (f", {t[1]} B spilled" if t[1] else "") if t else "–" for t in took]
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     shipped = "\n\n".join(choices(json.loads(path.read_text())) for path in sorted((ROOT / "kernels/configs").glob("*.json")))
     blocks = {path.stem: table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("model_*.json"))}
     blocks |= {"cards": cards(), "gains": gains()} | ({"choices": shipped} if shipped else {})
     if (RESULTS / "kernels_nvidia_h200.json").exists():  # of one card alone
         blocks["targets"] = targets.table(RESULTS)
+    if (RESULTS / "resources.json").exists():
+        blocks["resources"] = resources(json.loads((RESULTS / "resources.json").read_text()))
     texts = {path: path.read_text() for path in (ROOT / "README.md", ROOT / "bench" / "README.md")}
     for name, content in blocks.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
