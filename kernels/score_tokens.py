@@ -44,19 +44,17 @@ def features_kernel(x, norm_w, norm_b, w, b, mask, local, sums, N, x_batch, x_ro
     inside = row < N
     rows = x + image * x_batch + row.to(tl.int64)[:, None] * x_row
     total = tl.zeros((ROWS,), tl.float32)
+    first = tl.load(x + image * x_batch + row.to(tl.int64) * x_row, mask=inside, other=0.0).to(tl.float32)  # of equal values the exact mean
     for k in range(0, C, DEPTH):
-        total += tl.sum(tl.load(rows + (k + depth)[None, :], mask=inside[:, None] & (k + depth < C)[None, :], other=0.0).to(tl.float32), 1)
-    mean = total / C
+        value = tl.load(rows + (k + depth)[None, :], mask=inside[:, None] & (k + depth < C)[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(tl.where((k + depth < C)[None, :], value - first[:, None], 0.0), 1)
+    mean = first + total / C
     total = tl.zeros((ROWS,), tl.float32)
-    off = tl.zeros((ROWS,), tl.float32)  # what rounding made of the mean, as in add_norm.py
     for k in range(0, C, DEPTH):
         value = tl.load(rows + (k + depth)[None, :], mask=inside[:, None] & (k + depth < C)[None, :], other=0.0).to(tl.float32)
         value = tl.where((k + depth < C)[None, :], value - mean[:, None], 0.0)
         total += tl.sum(value * value, 1)
-        off += tl.sum(value, 1)
-    off /= C
-    scale = 1.0 / tl.sqrt(tl.maximum(total / C - off * off, 0.0) + eps)
-    mean += off
+    scale = 1.0 / tl.sqrt(total / C + eps)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, C, DEPTH):
         lane = k + depth < C

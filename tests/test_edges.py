@@ -1,6 +1,8 @@
 """The edges of every operator, once, in every kernel: no, one and many images and tokens, nothing and everything kept, against float64.
 
 Those of attention's and of the selection's numbers (large scores, what is not finite, ties) are beside their own tests."""
+import copy
+
 import pytest
 import torch
 from kernel_checks import CUDA, DEVICES, kernels
@@ -78,6 +80,17 @@ def test_predictor(name, device, B, N):
     for kept in {0, min(1, N), N}:
         mask = torch.arange(N, device=device).expand(B, N) >= N - kept
         check(name, lambda x, mask: ops.score_tokens(x, of[x.dtype], mask), [x, mask], learns=False)
+
+
+@pytest.mark.parametrize("name, device", TRITON)
+def test_predictor_of_equal_values(name, device):
+    """As the norms: rounding of the mean is not to be seen."""
+    rows, mask = *randoms(device, (2, 99, 1)), torch.ones(2, 99, dtype=torch.bool, device=device)
+    of = {torch.float64: TokenPredictor(236).to(device, torch.float64)}
+    of[torch.float64].in_conv[0].weight.data *= 1000
+    of[torch.float32] = copy.deepcopy(of[torch.float64]).float()
+    of[torch.float64].load_state_dict(of[torch.float32].state_dict())
+    check(name, lambda x, mask: ops.score_tokens(x, of[x.dtype], mask), [rows.expand(2, 99, 236).contiguous(), mask], learns=False)
 
 
 @pytest.mark.parametrize("B, N", [s for s in SIZES if s[1] < 500])

@@ -319,8 +319,6 @@ def test_command(machine, capsys):
     assert "budget must be > 0 seconds, got -1" in capsys.readouterr().err
 
 
-@pytest.mark.interpreter
-@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")
 @CPP
 def test_an_operator_made_of_others_is_timed_with_what_serves_them(monkeypatch):
     """Beside the plain form of its parts any kernel would look fast; its check wants that form."""
@@ -337,6 +335,8 @@ def test_an_operator_made_of_others_is_timed_with_what_serves_them(monkeypatch):
             pass
 
 
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETED, reason="TRITON_INTERPRET=1")
 @pytest.mark.parametrize("operators", [["expand_rows", "add_norm", "select_tokens"],
                                        pytest.param([*registry.TABLES], marks=pytest.mark.long, id="all")])
 def test_real_kernels_interpreted(operators, monkeypatch, tmp_path):
