@@ -142,8 +142,10 @@ def test_export_takes_any_batch(pair, tmp_path):
         engine.export_onnx(copy.deepcopy(pair[1]).train(), tmp_path / "n.onnx", torch.randn(1, 3, 160, 160))
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.2)])  # rounded scores keep other tokens
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_accelerate(pair, dtype, tolerance, monkeypatch):
+    if dtype == torch.bfloat16:  # rounded scores may keep other tokens
+        pair = pair[0], vitprune.compact(vitprune.prune(pair[0], blocks=BlockPruning(0.5, 0.5))).eval()
     monkeypatch.setitem(engine.ENGINES, "compiled", lambda model, images: build("eager", model, images))
     images = torch.randn(2, 3, 160, 160)
     fast = accelerate(pair[1], batch_size=2, dtype=dtype)

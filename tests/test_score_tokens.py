@@ -88,7 +88,11 @@ def check(c, name, device):
             assert ran.called == (which == name)
         truth = copy.deepcopy(same).double()(x.double(), mask)
     assert found[name].dtype == x.dtype and found[name].is_contiguous()
-    return within_twice_unless_lucky(found[name], found["reference"], truth[..., 0] - truth[..., 1], units=1)
+    truth = truth[..., 0] - truth[..., 1]
+    if truth.numel() <= 4:  # of so few plain PyTorch may round every one luckily
+        return within_twice_unless_lucky(found[name], found["reference"], truth, units=1)
+    within_twice(found[name], found["reference"], truth)
+    return False
 
 
 def describe(c):
