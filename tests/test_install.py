@@ -134,7 +134,7 @@ torch.manual_seed(0)
 model = timm.create_model("deit_tiny_patch16_224").eval()
 pruned = vitprune.prune(model, tokens=vitprune.TokenPruning(0.7, score="cls_attention"), blocks=vitprune.BlockPruning(0.5, 0.5))
 images = torch.randn(2, 3, 224, 224)
-pruned.train()(images).sum().backward()
+torch.compile(pruned.train(), fullgraph=True, backend="aot_eager")(images).sum().backward()
 small = vitprune.compact(pruned.eval())
 with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
     vitprune.save(small, folder)

@@ -1,6 +1,6 @@
 """The dense parts of a timm vision transformer by the fastest calls there are; hooks see their modules as ever."""
 import contextlib
-import contextvars
+import threading
 from collections.abc import Iterator
 
 from timm.layers import GELU, DropPath, Format, LayerNorm, PatchEmbed
@@ -11,18 +11,28 @@ from .ops.layer_norm import by_module
 from .ops.linear import watched, weight_and_bias
 
 _DROPS = (nn.Dropout, nn.Identity, DropPath)
-_alive_only = contextvars.ContextVar("alive_only", default=False)
-alive_only = _alive_only.get  # whether hooks on masked layers are those of `unwatched`
+
+
+class _Local(threading.local):  # torch.compile traces no ContextVar before torch 2.11
+    alive_only = False
+
+
+_local = _Local()
+
+
+def alive_only() -> bool:
+    """Whether hooks on masked layers are those of `unwatched`."""
+    return _local.alive_only
 
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
     """Inside, hooks are this package's own, for whose sake nothing is computed that is dead: they do not see masked layers called."""
-    token = _alive_only.set(True)
+    previous, _local.alive_only = _local.alive_only, True
     try:
         yield
     finally:
-        _alive_only.reset(token)
+        _local.alive_only = previous
 
 
 def plain(layer: nn.Module, whatever_hooks: bool = False) -> bool:
