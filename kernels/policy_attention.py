@@ -26,6 +26,13 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def rounded(a, b):
+    """a * b, to be summed over lanes: multiplied into a sum, a lane's own product is rounded less than its neighbours', and lanes that hold
+    the same sum come to differ."""
+    return tl.fma(a, b, tl.zeros_like(a))
+
+
+@triton.jit
 def rows_of(x, b, h, row, n, s_batch, s_head, s_row, s_channel, D: tl.constexpr, WIDTH: tl.constexpr):
     """Rows of one head [rows, WIDTH], zero past n rows and D channels; any strides, 64-bit offsets."""
     channel = tl.arange(0, WIDTH)

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import ceil_div, power_of_2
-from .policy_attention import LOG2E, configured, dot, felt, finite, in_float, keep_rows, on, rows_of, split, tail
+from .policy_attention import LOG2E, configured, dot, felt, finite, in_float, keep_rows, on, rounded, rows_of, split, tail
 
 
 @triton.jit
@@ -160,8 +160,7 @@ def query_gradient_kernel(
                 highest = tl.max(s, 1)
                 chosen = tl.where(highest > best, start + tl.argmax(s, 1), chosen)
                 best = tl.maximum(best, highest)
-                # rounded before they are summed: a lane that multiplies into the sum rounds its own product less than its neighbours'
-                slope += tl.sum(tl.fma(da, mean[:, None] - weight, tl.zeros_like(da)), 1)
+                slope += tl.sum(rounded(da, mean[:, None] - weight), 1)
             slope = tl.where(much, eps * inverse * inverse * slope, 0.0)
             chosen = tl.where(much, chosen, -1)
             top_key = rows_of(k, b, h, tl.where(much, chosen, N), N, k_batch, k_head, k_row, k_channel, D, WIDTH)

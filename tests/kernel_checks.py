@@ -143,7 +143,7 @@ def record(monkeypatch, modules, call) -> list[tuple]:
 def compile_launch(kernel, args, options: dict, arch: int) -> dict:
     """Compiles a recorded launch for `arch` as Triton would, and prints what it takes.
 
-    Returns {"registers", "spills" (bytes), "shared", "ptx", "cubin"}."""
+    Returns {"registers", "spills" (bytes), "shared", "ptx", "cubin", "values" (the arguments that remain), "warps"}."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -171,7 +171,8 @@ def compile_launch(kernel, args, options: dict, arch: int) -> dict:
     print(f"{kernel.__name__} sm_{arch}: {found['REG']} registers, {found['STACK'] + found['LOCAL']} B spilled, "
           f"{compiled.metadata.shared} B shared")
     return {"registers": found["REG"], "spills": found["STACK"] + found["LOCAL"], "shared": compiled.metadata.shared,
-            "ptx": compiled.asm["ptx"], "cubin": compiled.asm["cubin"]}
+            "ptx": compiled.asm["ptx"], "cubin": compiled.asm["cubin"], "warps": compiled.metadata.num_warps,
+            "values": [values[name] for name, kind in signature.items() if kind != "constexpr"]}
 
 
 SMALL = Size(2, 1, 0.5, tokens=9)
