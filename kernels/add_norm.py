@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..native.add_norm import outputs
 from . import ceil_div, configs, power_of_2
-from .policy_attention import on
+from .policy_attention import on, rounded_product
 
 OP = "add_norm"
 MAX_CHANNELS = 4096  # a program holds whole rows in registers
@@ -19,7 +19,7 @@ def statistics(s, inside, eps, C: tl.constexpr):
     nearly equal values shows a thousand times as large, is taken out with the second."""
     centred = tl.where(inside, s - (tl.sum(s, 1) / C)[:, None], 0.0)
     off = tl.sum(centred, 1) / C
-    rstd = (1.0 / tl.sqrt(tl.maximum(tl.sum(centred * centred, 1) / C - off * off, 0.0) + eps))[:, None]
+    rstd = (1.0 / tl.sqrt(tl.maximum(tl.sum(rounded_product(centred, centred), 1) / C - off * off, 0.0) + eps))[:, None]
     return tl.where(inside, (centred - off[:, None]) * rstd, 0.0), rstd
 
 
@@ -80,7 +80,7 @@ def add_norm_backward_kernel(
         passed = tl.load(ds + b * ds_batch + n * ds_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         normal, rstd = statistics(total, inside, eps, C)
         dn = up * w
-        dn = dn - (tl.sum(dn, 1) / C)[:, None] - normal * (tl.sum(dn * normal, 1) / C)[:, None]
+        dn = dn - (tl.sum(dn, 1) / C)[:, None] - normal * (tl.sum(rounded_product(dn, normal), 1) / C)[:, None]
         grad = dn * rstd + passed
         dweight += up * normal
         dbias += up

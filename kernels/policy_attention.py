@@ -26,7 +26,7 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def rounded(a, b):
+def rounded_product(a, b):
     """a * b, to be summed over lanes: multiplied into a sum, a lane's own product is rounded less than its neighbours', and lanes that hold
     the same sum come to differ."""
     return tl.fma(a, b, tl.zeros_like(a))
@@ -118,7 +118,7 @@ def forward_kernel(
     query = rows_of(q, b, h, row, N, q_batch, q_head, q_row, q_channel, D, WIDTH)
     query = (query.to(tl.float32) * sign).to(query.dtype)
     mine = rows_of(k, b, h, row, N, k_batch, k_head, k_row, k_channel, D, WIDTH)
-    own = tl.sum(query.to(tl.float32) * mine.to(tl.float32), 1)
+    own = tl.sum(rounded_product(query.to(tl.float32), mine.to(tl.float32)), 1)
     peak = tl.full((QUERIES,), float("-inf"), tl.float32) if EPS else own
     total = tl.zeros((QUERIES,), tl.float32)
     mixed = tl.zeros((QUERIES,), tl.float32)  # the sum of the weights as they enter the product, rounded: what the output is divided by

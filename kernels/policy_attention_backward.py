@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import ceil_div, power_of_2
-from .policy_attention import LOG2E, configured, dot, felt, finite, in_float, keep_rows, on, rounded, rows_of, split, tail
+from .policy_attention import LOG2E, configured, dot, felt, finite, in_float, keep_rows, on, rounded_product, rows_of, split, tail
 
 
 @triton.jit
@@ -86,8 +86,9 @@ def key_gradient_kernel(
     query = rows_of(q, b, h, col, N, q_batch, q_head, q_row, q_channel, D, WIDTH).to(tl.float32)  # a token sees itself whole
     up = rows_of(dout, b, h, col, N, g_batch, g_head, g_row, g_channel, D, WIDTH).to(tl.float32)
     inverse = 1.0 / (tl.load(z + head + col, mask=col < N, other=1.0) + eps)
-    e = exponentials(tl.sum(query * key.to(tl.float32), 1) * (scale * LOG2E), tl.load(m + head + col, mask=col < N, other=0.0), EPS)
-    de = (tl.sum(up * value.to(tl.float32), 1) - tl.load(delta + head + col, mask=col < N, other=0.0)) * inverse
+    peak = tl.load(m + head + col, mask=col < N, other=0.0)
+    e = exponentials(tl.sum(rounded_product(query, key.to(tl.float32)), 1) * (scale * LOG2E), peak, EPS)
+    de = (tl.sum(rounded_product(up, value.to(tl.float32)), 1) - tl.load(delta + head + col, mask=col < N, other=0.0)) * inverse
     if dout.dtype.element_ty != tl.float32:
         policy_acc -= de * e
     missing = e * (1.0 - kept)
@@ -137,7 +138,7 @@ def query_gradient_kernel(
     peak = tl.load(m + head + row, mask=row < N, other=0.0)
     total = tl.load(z + head + row, mask=row < N, other=1.0)
     inverse = 1.0 / (total + eps)
-    shift = tl.sum(up.to(tl.float32) * result.to(tl.float32), 1)
+    shift = tl.sum(rounded_product(up.to(tl.float32), result.to(tl.float32)), 1)
     tl.store(delta + head + row, shift, mask=row < N)
     acc = tl.zeros((QUERIES, WIDTH), tl.float32)
     if EPS:  # where dropped keys alone are near a row's maximum, eps is much of its sum and the maximum has a gradient, all at one key
@@ -160,7 +161,7 @@ def query_gradient_kernel(
                 highest = tl.max(s, 1)
                 chosen = tl.where(highest > best, start + tl.argmax(s, 1), chosen)
                 best = tl.maximum(best, highest)
-                slope += tl.sum(rounded(da, mean[:, None] - weight), 1)
+                slope += tl.sum(rounded_product(da, mean[:, None] - weight), 1)
             slope = tl.where(much, eps * inverse * inverse * slope, 0.0)
             chosen = tl.where(much, chosen, -1)
             top_key = rows_of(k, b, h, tl.where(much, chosen, N), N, k_batch, k_head, k_row, k_channel, D, WIDTH)
@@ -181,8 +182,8 @@ def query_gradient_kernel(
     value = rows_of(v, b, h, row, N, v_batch, v_head, v_row, v_channel, D, WIDTH)
     if not EPS:
         key, value = finite(key, kept), finite(value, kept)
-    e = exponentials(tl.sum(query.to(tl.float32) * key.to(tl.float32), 1) * (scale * LOG2E), peak, EPS)
-    de = (tl.sum(up.to(tl.float32) * value.to(tl.float32), 1) - shift) * inverse
+    e = exponentials(tl.sum(rounded_product(query.to(tl.float32), key.to(tl.float32)), 1) * (scale * LOG2E), peak, EPS)
+    de = (tl.sum(rounded_product(up.to(tl.float32), value.to(tl.float32)), 1) - shift) * inverse
     acc += (de * e * (1.0 - kept))[:, None] * key.to(tl.float32)
     keep_rows(dqkv, acc * scale, 3 * b * N * H * D + h * D, row, N, 3 * H * D, D, WIDTH)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import ceil_div, configs, power_of_2
 from .add_norm import DTYPES, as_rows
-from .policy_attention import dot, on
+from .policy_attention import dot, on, rounded_product
 from .sliced_product import gelu
 
 OP = "score_tokens"
@@ -53,7 +53,7 @@ def features_kernel(x, norm_w, norm_b, w, b, mask, local, sums, N, x_batch, x_ro
     for k in range(0, C, DEPTH):
         value = tl.load(rows + (k + depth)[None, :], mask=inside[:, None] & (k + depth < C)[None, :], other=0.0).to(tl.float32)
         value = tl.where((k + depth < C)[None, :], value - mean[:, None], 0.0)
-        total += tl.sum(value * value, 1)
+        total += tl.sum(rounded_product(value, value), 1)
     scale = 1.0 / tl.sqrt(total / C + eps)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, C, DEPTH):
@@ -96,7 +96,8 @@ def mixture_kernel(local, sums, mask, w, b, hidden, N, C: tl.constexpr, ROWS: tl
         acc = dot(value, weights_tile(w, column, k, HALF, HALF, C, DEPTH), acc)
         mean = tl.sum(tl.load(sums + (image * P + part)[:, None] * HALF + (k + depth)[None, :], mask=(part < P)[:, None] & lane[None, :],
                               other=0.0), 0) / count.to(tl.float32)
-        shared += tl.sum(weights_tile(w + HALF, column, k, HALF, HALF, C, DEPTH).to(tl.float32) * mean[:, None], 0)
+        of_all = weights_tile(w + HALF, column, k, HALF, HALF, C, DEPTH).to(tl.float32)
+        shared += tl.sum(rounded_product(of_all, mean[:, None]), 0)
     acc = gelu(acc + shared[None, :], WIDE)
     tl.store(hidden + (image * N + row)[:, None] * HALF + column[None, :], acc.to(hidden.dtype.element_ty),
              mask=(row < N)[:, None] & (column < HALF)[None, :])
@@ -120,7 +121,7 @@ def scores_kernel(hidden, w, b, last_w, last_b, scores, M, C: tl.constexpr, ROWS
         acc = gelu(acc + bias_of(b, column, QUARTER)[None, :], WIDE)
         keep = tl.load(last_w + column, mask=column < QUARTER, other=0.0).to(tl.float32)
         drop = tl.load(last_w + QUARTER + column, mask=column < QUARTER, other=0.0).to(tl.float32)
-        score += tl.sum(acc * (keep - drop)[None, :], 1)
+        score += tl.sum(rounded_product(acc, (keep - drop)[None, :]), 1)
     if last_b is not None:
         score += tl.load(last_b).to(tl.float32) - tl.load(last_b + 1).to(tl.float32)
     tl.store(scores + row, score.to(scores.dtype.element_ty), mask=row < M)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..native import short_attention as native
 from . import ceil_div
-from .policy_attention import rounded
+from .policy_attention import rounded_product
 from .short_attention import (
     LEAST,
     LOG2E,
@@ -73,7 +73,7 @@ def query_gradient_kernel(
                 p = tl.exp2(scores[i] * unit - shift[:, None])
                 dp = dot(do, vs[i], tl.zeros(p.shape, tl.float32), qkv, WIDE)
                 total += tl.sum(p, 1)
-                delta += tl.sum(rounded(p, dp), 1)
+                delta += tl.sum(rounded_product(p, dp), 1)
                 weights = weights + (p.to(qkv.dtype.element_ty),)
                 slopes = slopes + (dp,)
             delta /= total
@@ -88,7 +88,7 @@ def query_gradient_kernel(
                 dp = dot(do, v, tl.zeros((QUERIES, LOOP), tl.float32), qkv, WIDE)
                 p, fade, peak = online(scores_of(q, k, at, n, qkv, LOOP, WIDE, False) * unit, peak, 1.0)
                 total = total * fade + tl.sum(p, 1)
-                delta = delta * fade + tl.sum(rounded(p, dp), 1)
+                delta = delta * fade + tl.sum(rounded_product(p, dp), 1)
             delta /= total
             shift = shift_of(peak, 1.0)
             for at in range(0, n, LOOP):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import INTERPRETED
+from kernel_checks import INTERPRETED, compile_launch
 
 from vitprune import native
 from vitprune.ops import registry
@@ -107,8 +107,32 @@ def emulate(cuda_library, monkeypatch):
     registry.reload()
 
 
+@pytest.fixture
+def compile_for(monkeypatch):
+    """compile_for(arch): from now on Triton's kernels serve CPU tensors, as compiled for that architecture (tests/ptx)."""
+    import ptx
+    import triton
+
+    from vitprune import kernels
+
+    def start(arch: int) -> None:
+        def launch(kernel, grid):
+            def run(*args, **options):
+                built = compile_launch(kernel, args, options, arch)
+                ptx.run(built["ptx"], built["values"], grid, 32 * built["warps"], built["shared"])
+            return run
+        monkeypatch.setattr(triton.runtime.JITFunction, "__getitem__", launch)
+        monkeypatch.setattr(kernels, "reason", lambda device: None)
+        monkeypatch.setattr(kernels.configs, "capability", lambda device: arch)
+        registry.reload()
+    yield start
+    monkeypatch.undo()
+    registry.reload()
+
+
 @pytest.fixture(autouse=True)
 def _emulated(request):
-    """What is marked as emulated runs the CUDA kernels on the CPU."""
-    if mark := request.node.get_closest_marker("emulated"):
-        request.getfixturevalue("emulate")(*mark.args)
+    """What is marked as emulated runs the CUDA kernels on the CPU, what is marked as compiled those of Triton."""
+    for name, fixture in (("emulated", "emulate"), ("compiled", "compile_for")):
+        if mark := request.node.get_closest_marker(name):
+            request.getfixturevalue(fixture)(*mark.args)

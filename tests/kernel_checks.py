@@ -36,6 +36,10 @@ def kernels(*names: str, **cpu) -> list:
 # Parameters (backend, device) of CUDA C++: on a GPU; and emulated as cards without tensor cores, with Turing's, and with Ampere's.
 CUDA = [pytest.param("cuda", "cuda", marks=DEVICES[1].marks),
         *(pytest.param("cuda", "cpu", marks=[CPP, pytest.mark.emulated(arch)], id=f"emulated-{arch}") for arch in (61, 75, 80))]
+# Parameters (backend, device) of Triton's kernels as compiled for cards that are not here.
+COMPILED = [pytest.param("triton", "cpu", id=f"compiled-{arch}", marks=[
+    pytest.mark.compiled(arch), *[pytest.mark.long] * (arch in (80, 120)),
+    pytest.mark.skipif(torch.cuda.is_available() or INTERPRETED, reason="kernels run by themselves")]) for arch in (75, 80, 90, 120)]
 
 
 ON_CARD = torch.cuda.is_available() and not INTERPRETED

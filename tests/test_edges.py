@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from kernel_checks import CUDA, DEVICES, kernels
+from kernel_checks import COMPILED, CUDA, DEVICES, kernels
 from torch.nn import functional as F
 
 from vitprune import ops
@@ -15,7 +15,7 @@ from vitprune.tokens import TokenPredictor
 
 pytestmark = pytest.mark.usefixtures("poison")
 SIZES = ((0, 5), (2, 0), (257, 1), (1, 2), (2, 15), (1, 16), (1, 17), (1, 50), (1, 196), (1, 197), (1, 198), (1, 577), (1, 1025))
-TRITON = kernels("triton")
+TRITON = [*kernels("triton"), *COMPILED]
 
 
 def randoms(device, *shapes, seed=0):

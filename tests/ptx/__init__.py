@@ -174,7 +174,8 @@ class Machine(Warps):
         values = [self.get(name, k) for name, k in zip(operands[1:], kinds)]
         if "wide" in code:
             wide = WIDE[values[0].dtype]
-            values = [v.astype(wide) for v in values[:2]] + [self.get(o, "u64").view(wide) for o in operands[3:]]
+            added = f"u{8 * np.dtype(wide).itemsize}"
+            values = [v.astype(wide) for v in values[:2]] + [self.get(o, added).view(wide) for o in operands[3:]]
         elif "hi" in code:
             of = high
         product = None
