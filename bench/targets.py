@@ -6,8 +6,7 @@ from pathlib import Path
 from bench.common import LIMITS
 
 BANDWIDTH, FLOPS = LIMITS["H200"]
-WAITS = "not profiled since queries are loaded beside keys; before, programs waited for loads in 44 % of their cycles (Nsight Compute)"
-SUMS = "not profiled; sums over the rows are written in parts by 1,320 programs and added by a second launch"
+WAITS = "before queries were loaded beside keys, programs waited for loads in 44 % of their cycles (Nsight Compute); not profiled since"
 LAUNCHES = "two launches; one kernel of both (`select_norm`) has not been timed"
 
 
@@ -41,6 +40,12 @@ def policy(rows: list[dict]):
         yield "policy_attention", "there at most 0.1 of plain PyTorch's saved activations", f"{share:.2f}", share <= 0.1, ""
 
 
+def line(few: float, many: float, sizes: tuple[float, float]) -> tuple[float, float]:
+    """(what each unit of size takes, what a call takes besides) by two times."""
+    each = (many - few) / (sizes[1] - sizes[0])
+    return each, few - each * sizes[0]
+
+
 def short(rows: list[dict]):
     rows = sorted(rows, key=lambda r: (r["N"], r["B"]))
     for N in dict.fromkeys(r["N"] for r in rows):
@@ -49,12 +54,20 @@ def short(rows: list[dict]):
         yield ("short_attention", f"{N} tokens, 12 heads, batch {', '.join(map(str, ms))}: at least 1.3 times as fast as cuDNN's",
                ", ".join(f"{gain:.2f}" for gain in gains), min(gains) >= 1.3, WAITS)
     shares: dict[str, float] = {}
+    besides: dict[int, tuple[float, float]] = {}  # by tokens: the share without what a call takes besides, and that
     for r in (r for r in rows if r["B"] >= 128):
         numbers = r["B"] * r["N"] * 768  # of q, k, v and the output each
-        shares[f"{r['N']} x {r['B']}"] = 1e3 * max(8 * numbers / BANDWIDTH, 4 * numbers * r["N"] / FLOPS) / r["gpu_ms"]["triton"]
+        least = 1e3 * max(8 * numbers / BANDWIDTH, 4 * numbers * r["N"] / FLOPS)
+        shares[f"{r['N']} x {r['B']}"] = least / r["gpu_ms"]["triton"]
+        for few in first(rows, N=r["N"], B=128) if r["B"] == 512 else ():
+            each, once = line(few["gpu_ms"]["triton"], r["gpu_ms"]["triton"], (128, 512))
+            besides[r["N"]] = least / r["B"] / each, 1e3 * once
     if shares:
+        once, share = ({N: pair[i] for N, pair in besides.items()} for i in (1, 0))
+        why = besides and (f"the same for every batch: {', '.join(f'{us:.0f}' for us in once.values())} us "
+                           f"({', '.join(map(str, once))} tokens), without them {words(share)}")
         yield ("short_attention", f"at least 0.6 of the card's limit (tokens x batch: {', '.join(shares)})",
-               words(shares), min(shares.values()) >= 0.6, WAITS)
+               words(shares), min(shares.values()) >= 0.6, f"{why}; {WAITS}" if why else WAITS)
 
 
 def select(jobs: dict[str, list[dict]]):
@@ -93,4 +106,15 @@ def norm(rows: list[dict], gradients: list[dict]):
         yield "add_norm", f"{row['C']} channels, batch 128: at least 0.85 of a copy's bandwidth", f"{share:.2f}", share >= 0.85, ""
         for ms in (r["gpu_ms"] for r in first(gradients, B=128, C=row["C"])):
             share = row["bytes"] / ms["triton"] / (row["copied"] / ms["copy"])  # as many as forward: ds, dy, s and dx
-            yield "add_norm", f"its gradient alone, {row['C']} channels: as much", f"{share:.2f}", share >= 0.85, SUMS
+            yield "add_norm", f"its gradient alone, {row['C']} channels: as much", f"{share:.2f}", share >= 0.85, sums(gradients)
+
+
+def sums(gradients: list[dict]) -> str:
+    """What stands between the gradient and a copy: what does not depend on the rows."""
+    why = "sums over the rows are written in parts by 1,320 programs and added by a second launch"
+    for few, many in zip(first(gradients, B=32, C=768), first(gradients, B=128, C=768)):
+        (each, once), (copy, least) = (line(few["gpu_ms"][name], many["gpu_ms"][name], (32, 128)) for name in ("triton", "copy"))
+        share = 2 * copy / each  # it reads three and writes one, a copy one and one
+        why += (f": {1e3 * once:.0f} us of a call are the same for every batch (768 channels), of a copy {1e3 * least:.0f}; "
+                f"without them {share:.2f}")
+    return why

@@ -120,11 +120,12 @@ def sum_partials_kernel(partial, dweight, dbias, dgamma, P, C, ROWS: tl.constexp
 
 
 def default(dtype: torch.dtype, arch: int, *, C: int, R: int = 0) -> dict:
-    """rows: of a program at a time; programs: at most so many in the gradient, each with a partial sum to write and to read."""
+    """rows: of a program at a time; programs: at most so many in the gradient, each with a partial sum to write and to read; sum_rows: of
+    those, added at a time."""
     width = power_of_2(C)
     elements = 1024 if arch < 80 else 2048
     first = {"rows": max(1, elements // width), "num_warps": 8 if width > elements else 4, "backward_rows": max(1, elements // width),
-             "backward_warps": 16 if width > 2048 else 8, "backward_stages": 1, "programs": 512}
+             "backward_warps": 16 if width > 2048 else 8, "backward_stages": 1, "programs": 512, "sum_rows": 256}
     if arch == 90:  # a row in a warp needs no barrier, and the next is loaded meanwhile; measured on an H200 alone
         warps = power_of_2(ceil_div(C, 768))
         first |= {"backward_rows": 1, "backward_warps": warps, "backward_stages": 2, "programs": 1320}
@@ -138,6 +139,7 @@ def candidates(dtype: torch.dtype, arch: int, *, C: int, R: int = 0) -> list[dic
              for elements, warps in ((1024, 2), (1024, 4), (4096, 4), (4096, 8))]
     found += [first | {"backward_rows": max(1, elements // width), "programs": programs, "backward_warps": warps, "backward_stages": stages}
               for elements, programs, warps, stages in ((1024, 1056, 2, 2), (1024, 1056, 4, 2), (2048, 528, 4, 2), (2048, 512, 8, 1))]
+    found += [first | {"sum_rows": 1024}, first | {"sum_rows": 1024, "programs": 264}]
     return [first, *(c for i, c in enumerate(found) if c != first and c not in found[:i])]
 
 
@@ -201,5 +203,7 @@ def launch_backward(ds: Tensor, dy: Tensor, s: Tensor, residual: Tensor, weight:
             *(stride for t in strided for stride in t.stride()[:2]), eps,
             C=C, ROWS=config["backward_rows"], CHANNELS=power_of_2(C), STAGES=config["backward_stages"],
             num_warps=config["backward_warps"])
-        sum_partials_kernel[(ceil_div(C, 32), sums)](partial, dweight, dbias, dgamma, programs, C, ROWS=256, CHANNELS=32, num_warps=8)
+        channels = max(1, 8192 // config["sum_rows"])
+        sum_partials_kernel[(ceil_div(C, channels), sums)](
+            partial, dweight, dbias, dgamma, programs, C, ROWS=config["sum_rows"], CHANNELS=channels, num_warps=8)
     return results
