@@ -97,7 +97,7 @@ def attend(
     higher = tl.maximum(peak, tl.max(s, 1))
     level = higher * factor - LIFT
     shrink = tl.exp2(peak * factor - LIFT - level)
-    e = tl.exp2(s * factor - level[:, None]) * kept[None, :]
+    e = rounded_product(tl.exp2(s * factor - level[:, None]), kept[None, :])
     rounded = e.to(value.dtype)
     total = total * shrink + tl.sum(e, 1)
     mixed = mixed * shrink + tl.sum(rounded.to(tl.float32), 1)

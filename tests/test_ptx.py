@@ -1,4 +1,5 @@
 """Every Triton kernel as compiled for cards that are not here, its PTX run on the CPU (ptx.py), forward and with its gradients."""
+import importlib
 import re
 
 import pytest
@@ -17,6 +18,7 @@ from ptx import Fault  # noqa: E402
 from vitprune.kernels import configs, policy_attention  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="kernels run in the interpreter, or on the GPU")
+RANDOM_CASES = 40
 KINDS = ("float32", "float16", "bfloat16")
 
 
@@ -59,6 +61,19 @@ def test_runs_at_length(arch, case, kind, compile_for):
         for config in configs.kernel(op).candidates(dtype, arch, **dict(shape))[1:]:
             with configs.probing({key: config if key[0] == op else None for key in asked}):
                 passes(found)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stem, test", [
+    *((stem, "test_kernel") for stem in ("add_norm", "layer_norm", "policy_attention_kernels", "score_tokens", "select_norm")),
+    *((stem, "test_triton") for stem in ("compact_tokens", "short_attention_kernels", "sliced_linear", "sliced_mlp")),
+    ("select_tokens", "test_triton_gradient")])
+@pytest.mark.parametrize("arch", [75, 80, 90, 120])
+def test_random_cases(arch, stem, test, compile_for, poison):
+    """Shapes, strides, dtypes and tiles, as those tests draw them."""
+    compile_for(arch)
+    run = getattr(importlib.import_module(f"test_{stem}"), test)
+    run(*(("triton",) if test == "test_kernel" else ()), "cpu", RANDOM_CASES)
 
 
 # --- what the machine of ptx.py is to find ------------------------------------------------------------------------------------------

@@ -99,9 +99,10 @@ def describe(c):
     return [str(c["dtype"]), f"C={c['C']}", *(key for key in ("masked", "bias") if c[key])] + ["real"] * (c["C"] >= 192)
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("count", counts(200, 10_000))
 @pytest.mark.parametrize("name, device", kernels("triton"))
-def test_kernel(name, device, count, poison):
+def test_kernel(name, device, count):
     lucky = []
     explore(lambda c: lucky.append(check(c, name, device)), cases(False), cases(True), count, describe)
     print("cases beyond twice the error:", sum(lucky))

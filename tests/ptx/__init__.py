@@ -256,7 +256,8 @@ def run(ptx: str, values: list, grid, threads: int, shared: int, together: int =
     grid = (*grid, 1, 1)[:3]
     kinds = re.findall(r"\.param \.(\w+)[^,\n]* (\w+)", ptx[:ptx.index("{", ptx.index(".entry"))])
     values = [memory.address(v) if isinstance(v, torch.Tensor) else v for v in values] + [0] * (len(kinds) - len(values))
-    given = {name: np.array([value], TYPES[kind]) for (kind, name), value in zip(kinds, values, strict=True)}
+    given = {name: np.array([value], f"i{int(kind[1:]) // 8}" if type(value) is int and value < 0 else TYPES[kind])
+             for (kind, name), value in zip(kinds, values, strict=True)}
     for first in range(0, int(np.prod(grid)), together):
         blocks = np.arange(first, min(first + together, int(np.prod(grid))))
         with np.errstate(all="ignore"):
