@@ -117,7 +117,9 @@ def test_faults(fault):
     ("redux.sync.add.s32 %r4, %r1, -1;", lambda i: sum(range(i // 32 * 32, i // 32 * 32 + 32))),
     ("bfe.s32 %r4, %r1, 2, 2;", lambda i: (i >> 2 & 3) - 4 * (i >> 3 & 1)), ("bfe.u32 %r4, %r1, 2, 2;", lambda i: i >> 2 & 3),
     ("neg.s32 %r3, %r1; div.s32 %r4, %r3, 4;", lambda i: -(i // 4)), ("neg.s32 %r3, %r1; rem.s32 %r4, %r3, 4;", lambda i: -(i % 4)),
-    ("mul.hi.u32 %r4, %r1, 0x80000000;", lambda i: i // 2), ("shl.b32 %r3, %r1, 24; prmt.b32 %r4, %r3, 0, 0x7773U;", lambda i: i),
+    ("mul.hi.u32 %r4, %r1, 0x80000000;", lambda i: i // 2),
+    ("cvt.s64.s32 %rd4, %r1; mul.hi.s64 %rd4, %rd4, -9223372036854775808; cvt.u32.u64 %r4, %rd4;", lambda i: -((i + 1) // 2)),
+    ("shl.b32 %r3, %r1, 24; prmt.b32 %r4, %r3, 0, 0x7773U;", lambda i: i),
     ("cvt.rn.f32.s32 %r3, %r1; fma.rn.f32 %r3, %r3, 0f40000000, 0f3F800000; cvt.rzi.s32.f32 %r4, %r3;", lambda i: 2 * i + 1),
     ("add.s32 %r3, %r1, -40; setp.lt.u32 %p1, %r3, 10; selp.b32 %r4, 1, 0, %p1;", lambda i: int(40 <= i < 50)),
 ])

@@ -55,9 +55,9 @@ def most(of, beside, *values):
     return functools.reduce(beside if values[0].dtype.kind != "f" else of, values)
 
 
-def high(a, b):
-    wide = np.uint64 if a.dtype.kind == "u" else np.int64
-    return (a.astype(wide) * b.astype(wide) >> 32).astype(a.dtype)
+def high(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """mul.hi, in integers without bounds."""
+    return (a.astype(object) * b.astype(object) >> 8 * a.itemsize).astype(a.dtype)
 
 
 ARITHMETIC = {
