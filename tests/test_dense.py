@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from vitprune import BlockPruning, compact, prune
+from vitprune.dense import unwatched
 
 
 @pytest.mark.parametrize("options", [{}, {"dynamic_img_size": True}, {"dynamic_img_pad": True, "dynamic_img_size": True}])
@@ -169,3 +170,19 @@ def test_eager_evaluation_costs_the_host_little():
                 sys.setprofile(None)
         return count
     assert 0 < calls(dense.blocks[0]) < calls(pruned.blocks[0]) < 1.6 * calls(dense.blocks[0])
+
+
+def test_a_graph_from_before_is_not_that_of_unwatched():
+    """Inside hooks of masked layers are not called; whoever compiled the model before sees the same."""
+    torch.manual_seed(0)
+    dense = VisionTransformer(img_size=16, patch_size=4, embed_dim=48, depth=1, num_heads=3, num_classes=5).eval()
+    model, x = prune(dense, blocks=BlockPruning(0.5, 0.5)), torch.randn(2, 3, 16, 16)
+    model.blocks[0].attn.qkv.register_forward_hook(lambda layer, args, out: 2 * out)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        outside = model(x)
+        torch.testing.assert_close(compiled(x), outside)
+        with unwatched():
+            inside = model(x)
+            torch.testing.assert_close(compiled(x), inside)
+    assert (inside - outside).abs().max() > 1e-3

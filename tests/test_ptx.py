@@ -1,4 +1,4 @@
-"""Every Triton kernel as compiled for cards that are not here, its PTX run on the CPU (ptx.py), forward and with its gradients."""
+"""Every Triton kernel as compiled for cards that are not here, its PTX run on the CPU (tests/ptx), forward and with its gradients."""
 import importlib
 import re
 
@@ -7,9 +7,9 @@ import torch
 from kernel_checks import INTERPRETED, compile_launch, record
 from sanitize import SIZES, one_multiprocessor
 
-from vitprune import cases
+from vitprune import cases, ops
 from vitprune.cases import Size
-from vitprune.ops import registry
+from vitprune.ops import backend, registry
 from vitprune.tune import Item, Trial
 
 triton = pytest.importorskip("triton")
@@ -37,6 +37,20 @@ def passes(found: Trial) -> None:
     assert reason is None, reason
 
 
+@pytest.mark.parametrize("D", [64, 80])
+@pytest.mark.parametrize("arch", [75, 90, 120])
+def test_policy_between_0_and_1(arch, D, compile_for):
+    """Weights are products then."""
+    compile_for(arch)
+    q, k, v = torch.randn(3, 1, 2, 40, D, generator=torch.Generator().manual_seed(0)).unbind(0)
+    policy = torch.linspace(0, 1, 40)[None]
+    with backend("triton"):
+        got = cases.run(ops.policy_attention, [q, k, v, policy], [q])
+    truth = cases.run(ops.policy_attention, [t.double() for t in (q, k, v, policy)], [q.double()])
+    for a, b in zip(got, truth, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", cases.CASES)
 @pytest.mark.parametrize("arch", [75, 90, 120, *(pytest.param(arch, marks=pytest.mark.long) for arch in (80, 86, 89, 100))])
@@ -51,12 +65,13 @@ def test_runs(arch, case, kind, compile_for):
 @pytest.mark.parametrize("case", cases.CASES)
 @pytest.mark.parametrize("arch", [75, 80, 90, 120])
 def test_runs_at_length(arch, case, kind, compile_for):
-    """A picture of DeiT's, and all launch configurations that `vitprune tune` may choose, at a size on the edges of tiles."""
+    """A picture of DeiT's, and all launch configurations that `vitprune tune` may choose for DeiT-S."""
     compile_for(arch)
     with configs.probing({}):  # by default, whatever is shipped
         passes(trial(case, kind, SIZES[3]))
+    heads = 1 if "attention" in case else 6  # attention's do not depend on them
     with configs.probing({}) as asked:
-        passes(found := trial(case, kind, Size(1, 1, 0.6, tokens=85)))
+        passes(found := trial(case, kind, Size(1, heads, 0.6, tokens=85)))
     for (op, _, dtype, shape) in asked:
         for config in configs.kernel(op).candidates(dtype, arch, **dict(shape))[1:]:
             with configs.probing({key: config if key[0] == op else None for key in asked}):
@@ -76,7 +91,7 @@ def test_random_cases(arch, stem, test, compile_for, poison):
     run(*(("triton",) if test == "test_kernel" else ()), "cpu", RANDOM_CASES)
 
 
-# --- what the machine of ptx.py is to find ------------------------------------------------------------------------------------------
+# --- what the machine is to find ------------------------------------------------------------------------------------------
 
 
 def program(body: str) -> str:
@@ -129,20 +144,12 @@ def test_instructions(body, result):
     assert x.tolist() == [result(i) for i in range(64)]
 
 
-def test_products_are_fused_into_sums():
-    """As the assembler does: a butterfly of products gives lanes unequal sums, and rounded before it does not."""
-    def sums(multiply: str) -> torch.Tensor:
-        x = torch.rand(64, generator=torch.Generator().manual_seed(0))
-        ptx.run(program(f"{ADDRESS} ld.global.b32 {{ %r3 }}, [ %rd3 + 0 ]; {multiply} shfl.sync.bfly.b32 %r5, %r4, 1, 31, -1;"
-                        "add.f32 %r6, %r4, %r5; st.global.b32 [ %rd3 + 0 ], { %r6 };"), [x], (1,), 64, 0)
-        return x.view(-1, 2)
-    fused, apart = sums("mul.f32 %r4, %r3, %r3;"), sums("fma.rn.f32 %r4, %r3, %r3, 0f00000000;")
-    assert (fused[:, 0] != fused[:, 1]).any() and torch.equal(apart[:, 0], apart[:, 1])
-
-
-@pytest.mark.parametrize("without, fault", [(r"bar\.sync\s+0;", "race"), (r"cp\.async\.wait_group\s+\d+;", "before it was waited for")])
-@pytest.mark.parametrize("arch", [80, 90])
-def test_a_kernel_without(without, fault, arch, monkeypatch):
+@pytest.mark.parametrize("arch, without, fault", [
+    *((arch, r"bar\.sync\s+0;", "race") for arch in (80, 90)),
+    *((arch, r"cp\.async\.wait_group\s+\d+;", "before it was waited for") for arch in (80, 90)),
+    (90, r"wgmma\.wait_group\S*\s+\d+;", "before it was waited for"), (90, r"wgmma\.fence\S*;", "written without a fence"),
+    (90, r"fence\.proxy\.async\S*;", "without fence.proxy.async")])
+def test_a_kernel_without(arch, without, fault, monkeypatch):
     """What a compiler might forget."""
     monkeypatch.setattr(configs, "capability", lambda device: arch)
     q = torch.randn(1, 1, 200, 64, dtype=torch.float16)

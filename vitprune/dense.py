@@ -14,7 +14,8 @@ _DROPS = (nn.Dropout, nn.Identity, DropPath)
 
 
 class _Local(threading.local):  # torch.compile traces no ContextVar before torch 2.11
-    alive_only = False
+    def __init__(self) -> None:
+        self.alive_only = False  # no attribute of the class, which graphs would not be guarded by
 
 
 _local = _Local()

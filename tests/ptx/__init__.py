@@ -1,9 +1,9 @@
 """Runs PTX, what Triton compiles for a card, on the CPU: all threads of some blocks step by step in NumPy.
 
 What a card would do wrong and its interpreter hides shows: memory outside of every tensor or of what the block has, misaligned accesses,
-races in shared memory between two barriers, asynchronous copies that are read before they are waited for, threads that write unequal values
-to one address, barriers that some threads miss; the compiler's own mistakes too. Not covered: what the assembler makes of PTX, the memory
-model between blocks, speed."""
+races of warps in shared memory between two barriers, asynchronous copies and products (wgmma) that are read before they are waited for or
+lack a fence, threads that write unequal values to one address, barriers that some threads miss; the compiler's own mistakes too. Not
+covered: what the assembler makes of PTX, races within a warp and through global memory, products of 10.0, tensor descriptors, speed."""
 import re
 from functools import partial
 
@@ -17,6 +17,14 @@ from .warp import Warps
 TYPES = {"pred": np.bool_, "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
          "f16": np.float16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32, "b64": np.uint64, "u64": np.uint64,
          "s64": np.int64, "f64": np.float64}
+WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
+_FLOAT = {"rn", "ftz", "approx", "full"}
+MODIFIERS = {  # beside types, of what is computed by a thread alone; with others an instruction is another one
+    **dict.fromkeys(("add", "sub", "fma", "neg", "abs", "div", "ex2", "lg2", "sqrt", "rsqrt", "rcp"), _FLOAT),
+    **dict.fromkeys(("mul", "mad"), {"lo", "hi", "wide", *_FLOAT}), **dict.fromkeys(("min", "max"), {"NaN", "ftz"}),
+    "cvt": {"rn", "ftz", *WHOLE},
+    "setp": {"and", "or", "xor", "ftz", "num", "nan", "lo", "ls", "hi", "hs", *(c + u for c in COMPARE for u in ("", "u"))},
+    **dict.fromkeys(("not", "and", "or", "xor", "shl", "shr", "bfe", "rem", "mov", "selp", "prmt"), set())}
 PACKED = {"f16x2": "f16", "bf16x2": "bf16", "f32x2": "f32"}
 
 
@@ -35,7 +43,10 @@ def instructions(ptx: str) -> tuple[list[tuple], dict[str, int]]:
             labels[piece[:-1]] = len(found)
             continue
         predicate, code, operands = re.fullmatch(r"(?:@(!?%\w+)\s+)?([\w.:]+)\s*(.*?);", piece, re.S).groups()
-        found.append((predicate, code.split("."), [o.strip() for o in re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s][^,]*", operands)]))
+        code = code.split(".")
+        if strange := {*code[1:]} - MODIFIERS.get(code[0], {*code}) - {*TYPES, *PACKED, "bf16"}:
+            raise Fault(f"unknown: {', '.join(sorted(strange))} of {'.'.join(code)}")
+        found.append((predicate, code, [o.strip() for o in re.findall(r"\{[^}]*\}|\[[^]]*\]|[^,\s][^,]*", operands)]))
     return found, labels
 
 
@@ -54,12 +65,14 @@ class Machine(Warps):
             self.registers[f"%ctaid.{name}"] = (of // int(np.prod(grid[:axis])) % grid[axis]).astype(np.uint32)
             self.registers[f"%nctaid.{name}"] = np.full(self.count, grid[axis], np.uint32)
         self.constants: dict = {}
-        self.products: dict = {}  # registers with what is a product, not rounded
+        self.now = None  # the lanes of the present instruction
         self.prepare(len(blocks), shared)
 
     # --- registers ---------------------------------------------------------------------------------------------------
 
     def get(self, name: str, kind: str) -> np.ndarray:
+        if name in self.pending and (self.pending[name] if self.now is None else self.pending[name] & self.now).any():
+            raise Fault(f"{name}, a product, is read before it was waited for")
         if kind in PACKED or kind == "bf16":
             raw = self.get(name, "b64" if kind == "f32x2" else "b16" if kind == "bf16" else "b32")
             raw = np.broadcast_to(raw, self.count).copy() if raw.size == 1 else raw
@@ -89,7 +102,7 @@ class Machine(Warps):
         return np.array([number & (1 << dtype.itemsize * 8) - 1], RAW[dtype.itemsize]).view(dtype)
 
     def put(self, name: str, value: np.ndarray, lanes) -> None:
-        self.products.pop(name, None)
+        self.touched.add(name)
         prefix = re.match(r"%[a-z]+", name)[0]
         raw = {"%p": np.bool_, "%rs": np.uint16, "%r": np.uint32, "%f": np.uint32, "%rd": np.uint64, "%fd": np.uint64}[prefix]
         if raw is np.bool_:
@@ -144,8 +157,9 @@ class Machine(Warps):
                 each[lanes] = to
                 continue
             if lanes is None or lanes.any():
+                self.now = lanes
                 try:
-                    getattr(self, "do_" + code[0].replace("prefetch", "fence"), self.arithmetic)(code, operands, lanes)
+                    getattr(self, "do_" + code[0], self.arithmetic)(code, operands, lanes)
                 except (Fault, KeyError, ValueError) as e:
                     raise Fault(f"{'.'.join(code)} {', '.join(operands)}: {e}") from e
             if each is None:
@@ -178,16 +192,10 @@ class Machine(Warps):
             values = [v.astype(wide) for v in values[:2]] + [self.get(o, added).view(wide) for o in operands[3:]]
         elif "hi" in code:
             of = high
-        product = None
-        if code == ["mul", "f32"]:
-            product = values[0].astype(np.float64) * values[1]
-        elif code in (["add", "f32"], ["sub", "f32"]) and any(o in self.products for o in operands[1:]):  # the assembler makes it an fma
-            i = 0 if operands[1] in self.products else 1
-            values[i] = self.products[operands[1 + i]]
         value = of(*values)
-        self.result(operands[0], kind, value.astype(np.float32) if kind == "f32" else value, lanes)
-        if product is not None:
-            self.products[operands[0]] = product
+        if "ftz" in code and kind == "f32":
+            value = np.where(np.abs(value) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), value), value)
+        self.result(operands[0], kind, value, lanes)
 
     def do_setp(self, code, operands, lanes) -> None:
         kind, name = code[-1], {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(code[1], code[1])
@@ -198,8 +206,8 @@ class Machine(Warps):
         else:
             value = COMPARE[name[:2]](a, b)
             value = value | nan if name.endswith("u") and len(name) == 3 else value & ~nan if a.dtype.kind == "f" else value
-        if len(code) == 4 and code[2] in ("and", "or", "xor"):
-            value = ARITHMETIC[code[2]](value, self.get(operands[3], "pred"))
+        for joined in {"and", "or", "xor"} & {*code[2:]}:
+            value = ARITHMETIC[joined](value, self.get(operands[3], "pred"))
         if kind in PACKED:
             for i, to in enumerate(operands[0].split("|")):
                 self.put(to, value[i::2], lanes)
@@ -219,8 +227,9 @@ class Machine(Warps):
         if to == "bf16":
             return self.put(operands[0], brain(value), lanes)
         dtype = np.dtype(TYPES[to])
+        if value.dtype.kind == "f" and code[1] in WHOLE:
+            value = WHOLE[code[1]](value)
         if dtype.kind in "iu" and value.dtype.kind == "f":
-            value = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[code[1]](value)
             limits = np.iinfo(dtype)
             value = np.clip(np.nan_to_num(value.astype(np.float64)), limits.min, limits.max)
         self.put(operands[0], value.astype(dtype), lanes)

@@ -37,15 +37,15 @@ def shift(of, value: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 
 def field(value: np.ndarray, at: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """bfe: `length` bits from bit `at` on."""
-    width = value.dtype.itemsize * 8
-    up = np.uint32(width) - at - length
-    left = shift(np.left_shift, value, up)
-    return np.where(length == 0, 0, shift(np.right_shift, left, up + at)).astype(value.dtype)
+    """bfe: `length` bits from bit `at` on, of 32; past the last they are zeros or the sign."""
+    at, length, wide = np.minimum(at.astype(np.int64), 255), np.minimum(length.astype(np.int64), 255), value.astype(np.int64)
+    sign = np.where((value.dtype.kind == "i") & (length > 0), wide >> np.minimum(at + length - 1, 31) & 1, 0)
+    low = (np.int64(1) << np.minimum(length, 32)) - 1
+    return (np.where(at > 31, -sign, wide >> np.minimum(at, 31)) & low | -sign & ~low).astype(value.dtype)
 
 
 def fused(a, b, c):
-    """fma: rounded once, but for what float64 rounds."""
+    """fma, in float64 where that holds the product."""
     kind = np.float64 if a.dtype.itemsize > 2 else np.float32
     return (a.astype(kind) * b.astype(kind) + c.astype(kind)).astype(a.dtype)
 

@@ -1,4 +1,4 @@
-"""What threads of `ptx.Machine` share: memory, with its races, and the instructions of a warp."""
+"""What threads of `ptx.Machine` share: memory, with its races."""
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ class Shared:
         self.written, self.writer = np.full(whole, -1, np.int32), np.zeros(whole, np.int16)
         self.read, self.reader = np.full(whole, -1, np.int32), np.zeros(whole, np.int16)
         self.flying = np.zeros(whole, bool)  # what an asynchronous copy is to bring
+        self.busy = np.zeros(whole, np.int16)  # how many products of wgmma are to read it
+        self.fresh = np.zeros(whole, bool)  # written since its writer's last fence.proxy.async, so that wgmma may miss it
         self.copies, self.committed = [], np.zeros(self.count, np.int32)
 
     # --- addresses ---------------------------------------------------------------------------------------------------
@@ -77,8 +79,9 @@ class Shared:
                 raise Fault(f"outside of {self.size} bytes of shared memory: {address.min()} to {address.max() + width}")
             return self.block[lanes] * self.size + address
         inside = (address >= 0) & (address + width <= len(self.memory.bytes))
-        if not inside.all() or not (self.memory.valid[address] & self.memory.valid[address + width - 1]).all():
-            raise Fault(f"outside of every tensor: thread {lanes[~inside][0] if not inside.all() else lanes[0]}")
+        inside[inside] = self.memory.valid[address[inside]] & self.memory.valid[address[inside] + width - 1]
+        if not inside.all():
+            raise Fault(f"outside of every tensor: thread {lanes[~inside][0]}")
         return address
 
     def fetch(self, at: np.ndarray, space: str, width: int, lanes: np.ndarray, warp: np.ndarray | None = None) -> np.ndarray:
@@ -102,17 +105,20 @@ class Shared:
         """data: bytes [accesses, width]."""
         found, memory = spread(at, data.shape[1]), self.memory.bytes if space == "global" else self.shared
         if space == "shared":
-            self.claim(found, lanes, None if lands else data)
+            self.claim(found, lanes, None if lands else data, lands)
+            self.fresh[found] = True
         memory[found] = data
         if (memory[found] != data).any():
             raise Fault("threads write unequal values to one address")
 
-    def claim(self, found: np.ndarray, lanes: np.ndarray, data: np.ndarray | None) -> None:
+    def claim(self, found: np.ndarray, lanes: np.ndarray, data: np.ndarray | None, lands: bool = False) -> None:
         """That warps write these bytes; data None: asynchronously, from now until it lands."""
         epoch = np.broadcast_to(self.epoch[self.block[lanes]][:, None], found.shape)
         warp = np.broadcast_to(self.warp[lanes][:, None], found.shape)
-        if data is not None and self.flying[found].any():
+        if self.flying[found].any() and not lands:
             raise Fault("written while an asynchronous copy is to land there")
+        if self.busy[found].any():
+            raise Fault("written while a product is to read it")
         if ((self.read[found] == epoch) & (self.reader[found] != warp)).any():
             raise Fault("race: written in the same epoch as another warp reads")
         unequal = True if data is None else self.shared[found] != data
@@ -187,4 +193,14 @@ class Shared:
         self.epoch += arrived > 0
 
     def do_fence(self, code, operands, mask) -> None:
-        """Prefetches too: nothing to do here."""
+        if code[:3] != ["fence", "proxy", "async"]:
+            raise Fault("unknown")
+        warps = np.zeros((len(self.epoch), self.threads // WARP), bool)
+        lanes = self.lanes(mask)
+        warps[self.block[lanes], self.warp[lanes]] = True
+        own = np.take_along_axis(warps, self.writer.reshape(len(self.epoch), -1).astype(np.int64), 1)
+        seen = warps.any(1)[:, None] & (self.written.reshape(own.shape) < self.epoch[:, None])  # through a barrier
+        self.fresh &= ~(own | seen).reshape(-1)
+
+    def do_prefetch(self, code, operands, mask) -> None:
+        """Nothing to do here."""
