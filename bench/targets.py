@@ -40,12 +40,6 @@ def policy(rows: list[dict]):
         yield "policy_attention", "there at most 0.1 of plain PyTorch's saved activations", f"{share:.2f}", share <= 0.1, ""
 
 
-def line(few: float, many: float, sizes: tuple[float, float]) -> tuple[float, float]:
-    """(what each unit of size takes, what a call takes besides) by two times."""
-    each = (many - few) / (sizes[1] - sizes[0])
-    return each, few - each * sizes[0]
-
-
 def short(rows: list[dict]):
     rows = sorted(rows, key=lambda r: (r["N"], r["B"]))
     for N in dict.fromkeys(r["N"] for r in rows):
@@ -54,18 +48,15 @@ def short(rows: list[dict]):
         yield ("short_attention", f"{N} tokens, 12 heads, batch {', '.join(map(str, ms))}: at least 1.3 times as fast as cuDNN's",
                ", ".join(f"{gain:.2f}" for gain in gains), min(gains) >= 1.3, WAITS)
     shares: dict[str, float] = {}
-    besides: dict[int, tuple[float, float]] = {}  # by tokens: the share without what a call takes besides, and that
+    further: dict[int, float] = {}  # by tokens: the share of what more pictures add
     for r in (r for r in rows if r["B"] >= 128):
         numbers = r["B"] * r["N"] * 768  # of q, k, v and the output each
         least = 1e3 * max(8 * numbers / BANDWIDTH, 4 * numbers * r["N"] / FLOPS)
         shares[f"{r['N']} x {r['B']}"] = least / r["gpu_ms"]["triton"]
         for few in first(rows, N=r["N"], B=128) if r["B"] == 512 else ():
-            each, once = line(few["gpu_ms"]["triton"], r["gpu_ms"]["triton"], (128, 512))
-            besides[r["N"]] = least / r["B"] / each, 1e3 * once
+            further[r["N"]] = least * (512 - 128) / 512 / (r["gpu_ms"]["triton"] - few["gpu_ms"]["triton"])
     if shares:
-        once, share = ({N: pair[i] for N, pair in besides.items()} for i in (1, 0))
-        why = besides and (f"the same for every batch: {', '.join(f'{us:.0f}' for us in once.values())} us "
-                           f"({', '.join(map(str, once))} tokens), without them {words(share)}")
+        why = further and f"what batch 512 adds to 128 moves at {words(further)} ({', '.join(map(str, further))} tokens)"
         yield ("short_attention", f"at least 0.6 of the card's limit (tokens x batch: {', '.join(shares)})",
                words(shares), min(shares.values()) >= 0.6, f"{why}; {WAITS}" if why else WAITS)
 
@@ -110,11 +101,12 @@ def norm(rows: list[dict], gradients: list[dict]):
 
 
 def sums(gradients: list[dict]) -> str:
-    """What stands between the gradient and a copy: what does not depend on the rows."""
+    """What stands between the gradient and a copy."""
     why = "sums over the rows are written in parts by 1,320 programs and added by a second launch"
     for few, many in zip(first(gradients, B=32, C=768), first(gradients, B=128, C=768)):
-        (each, once), (copy, least) = (line(few["gpu_ms"][name], many["gpu_ms"][name], (32, 128)) for name in ("triton", "copy"))
-        share = 2 * copy / each  # it reads three and writes one, a copy one and one
-        why += (f": {1e3 * once:.0f} us of a call are the same for every batch (768 channels), of a copy {1e3 * least:.0f}; "
-                f"without them {share:.2f}")
+        ours, copy = (many["gpu_ms"][name] - few["gpu_ms"][name] for name in ("triton", "copy"))
+        share = 2 * copy / ours  # three are read and one is written
+        why += (f"; what batch 128 adds to 32 (768 channels) moves at {share:.2f}, so that at batch 32 "
+                f"{1e3 * (few['gpu_ms']['triton'] - ours / 3):.0f} us of {1e3 * few['gpu_ms']['triton']:.0f} are spent on something else, "
+                f"of a copy {1e3 * (few['gpu_ms']['copy'] - copy / 3):.0f} of {1e3 * few['gpu_ms']['copy']:.0f}")
     return why
