@@ -175,9 +175,9 @@ class Machine(Warps):
             of = np.divide if kind[0] == "f" else truncated
         elif code[0] in ("min", "max") and "NaN" in code:
             of = partial(most, *[np.maximum if code[0] == "max" else np.minimum] * 2)
-        if len(code) > 2 and code[-2] == "f32" and kind in ("f16", "bf16"):  # a half beside a float
-            a, b = self.get(operands[1], kind).astype(np.float32), self.get(operands[2], "f32")
-            return self.put(operands[0], of(a, b), lanes)
+        if len(code) > 2 and code[-2] == "f32" and kind in ("f16", "bf16"):  # halves, and at last a float
+            halves = [self.get(name, kind).astype(np.float32) for name in operands[1:-1]]
+            return self.put(operands[0], of(*halves, self.get(operands[-1], "f32")), lanes)
         if kind == "pred" and code[0] == "not":
             of = np.logical_not
         kinds = [kind] * (len(operands) - 1)
