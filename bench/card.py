@@ -168,6 +168,9 @@ def main() -> None:
         for row in work(options.job, options.device):
             print(json.dumps(row), flush=True)
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended too
+        if options.device == "cpu" and not torch.cuda.is_available():
+            print("no GPU is usable here (`vitprune doctor` says why): the CPU is measured", flush=True)
         print(card(options.device, options.budget, options.only, options.out))
 
 

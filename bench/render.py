@@ -145,22 +145,24 @@ def words(cell: dict[tuple[str, str], str]) -> str:
 
 
 def gains() -> str:
-    """Whole models in short, of each machine's newest file: the fastest engine of the pruned one beside the fastest of the dense one."""
-    newest: dict[str, tuple[datetime, list[dict]]] = {}
+    """Whole models in short, of each machine's newest file, one that was not cut if there is one: the fastest engine of the pruned one
+    beside the fastest of the dense one."""
+    newest: dict[str, tuple[tuple[bool, datetime], list[dict]]] = {}
     for path in sorted(RESULTS.glob("*.json")):
-        data = json.loads(path.read_text())
+        data, whole = json.loads(path.read_text()), True
         if path.name.startswith("model_"):  # of bench/model.py
             date, models = None, data
         elif path.name.startswith("models_"):  # what a later run on that card measured anew
             date, models = data["date"], [model | {"machine": data["machine"]} for model in data["models"]]
         elif path.name.startswith("card-"):
-            date, models = data["date"], [row for job in data["jobs"] if job["kind"] == "model" for row in job["rows"]]
+            jobs = [job for job in data["jobs"] if job["kind"] == "model"]
+            date, models, whole = data["date"], [row for job in jobs for row in job["rows"]], not any(job["cut"] for job in jobs)
         else:
             continue
         if models:
             machine = models[0]["machine"]
             name = machine.get("gpu") or f"{machine.get('cpu')}, {machine.get('cpu_capability')}"
-            when = datetime.fromisoformat(date) if date else datetime.min.replace(tzinfo=timezone.utc)
+            when = whole, datetime.fromisoformat(date) if date else datetime.min.replace(tzinfo=timezone.utc)
             if name not in newest or when >= newest[name][0]:
                 newest[name] = when, models
     return "\n\n".join(_gains(name, models) for name, (_, models) in sorted(newest.items())) or "Nothing has been measured yet."

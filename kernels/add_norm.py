@@ -80,7 +80,7 @@ def add_norm_backward_kernel(
         passed = tl.load(ds + b * ds_batch + n * ds_row + channel[None, :], mask=inside, other=0.0).to(tl.float32)
         normal, rstd = statistics(total, inside, eps, C)
         dn = up * w
-        dn = dn - (tl.sum(dn, 1) / C)[:, None] - normal * (tl.sum(rounded_product(dn, normal), 1) / C)[:, None]
+        dn = dn - (tl.sum(dn, 1) / C)[:, None] - normal * (tl.sum(dn * normal, 1) / C)[:, None]
         grad = dn * rstd + passed
         dweight += up * normal
         dbias += up

@@ -188,8 +188,9 @@ def test_triton_compiles(C, dtype, arch, monkeypatch):
     from vitprune.kernels import add_norm as kernel
     monkeypatch.setattr(kernel.configs, "capability", lambda device: arch)
     x, w = torch.empty(8, 197, C, dtype=dtype), torch.empty(C, dtype=dtype)
-    launches = record(monkeypatch, kernel, lambda: (kernel.launch(x, x, w, w, w, 1e-6), kernel.launch_backward(x, x, x, x, w, w, 1e-6)))
-    assert len(launches) == 3
+    launches = [launch for gamma in (w, None) for launch in record(monkeypatch, kernel, lambda: (
+        kernel.launch(x, x, w, w, gamma, 1e-6), kernel.launch_backward(x, x, x, x, w, gamma, 1e-6)))]  # noqa: B023
+    assert len(launches) == 6
     for launch in launches:
         built = compile_launch(*launch, arch)
         assert built["spills"] == 0

@@ -260,6 +260,19 @@ def test_gains_are_of_the_newest_file_and_the_fastest_engines(tree):
                            "| deit_small | tokens 0.7, hidden 0.5 | float16 | 2.50 | **2.00** (3 to 1.5 ms) | **1.25** (150 to 120 ms) |"]
 
 
+def test_gains_of_a_file_that_was_cut_replace_no_whole_one(tree):
+    collect.collect(write(tree, good()))
+    cut = good() | {"date": "2999-01-01T00:00:00+00:00"}
+    for job in cut["jobs"]:
+        if job["kind"] == "model":
+            job["cut"] = "stopped after 71 s"
+            for model in job["rows"]:
+                model["rows"] = [row | {"dense_ms": 1.0} for row in model["rows"]]
+    (render.RESULTS / "card-cut.json").write_text(json.dumps(cut))
+    render.main()
+    assert "**2.00** (4 to 2 ms)" in (tree / "README.md").read_text()
+
+
 def test_choices_in_few_words():
     """By dtype and size only where they differ."""
     def choice(op, dtype, backend, **facts):
