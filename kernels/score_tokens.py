@@ -121,7 +121,7 @@ def scores_kernel(hidden, w, b, last_w, last_b, scores, M, C: tl.constexpr, ROWS
         acc = gelu(acc + bias_of(b, column, QUARTER)[None, :], WIDE)
         keep = tl.load(last_w + column, mask=column < QUARTER, other=0.0).to(tl.float32)
         drop = tl.load(last_w + QUARTER + column, mask=column < QUARTER, other=0.0).to(tl.float32)
-        score += tl.sum(rounded_product(acc, (keep - drop)[None, :]), 1)
+        score += tl.sum(acc * (keep - drop)[None, :], 1)
     if last_b is not None:
         score += tl.load(last_b).to(tl.float32) - tl.load(last_b + 1).to(tl.float32)
     tl.store(scores + row, score.to(scores.dtype.element_ty), mask=row < M)

@@ -248,6 +248,7 @@ class Machine(Warps):
             self.put(to, np.stack(parts, 1).view(RAW[wide])[:, 0], lanes)
         else:
             self.put(to, self.get(of, code[-1]), lanes)
+            self.touched.discard(to)  # a copy of the compiler's, which the assembler gives one register
 
     def do_prmt(self, code, operands, lanes) -> None:
         a, b, selector = (np.broadcast_to(self.get(o, "u32"), self.count) for o in operands[1:])
