@@ -162,9 +162,9 @@ def gains() -> str:
         if models:
             machine = models[0]["machine"]
             name = machine.get("gpu") or f"{machine.get('cpu')}, {machine.get('cpu_capability')}"
-            when = whole, datetime.fromisoformat(date) if date else datetime.min.replace(tzinfo=timezone.utc)
-            if name not in newest or when >= newest[name][0]:
-                newest[name] = when, models
+            rank = whole, datetime.fromisoformat(date) if date else datetime.min.replace(tzinfo=timezone.utc)
+            if name not in newest or rank >= newest[name][0]:
+                newest[name] = rank, models
     return "\n\n".join(_gains(name, models) for name, (_, models) in sorted(newest.items())) or "Nothing has been measured yet."
 
 

@@ -109,8 +109,8 @@ PRODUCTS = ({}, *(dict(zip(_NAMES, tile)) for tile in ((128, 64, 64, 64, 128, 64
 
 
 def product_tiles(real: bool) -> tuple[int, ...]:
-    """Which of them to draw from: a card compiles each anew; the default ones take longest to interpret; what reads
-    by tensor descriptors is not run as compiled elsewhere."""
+    """Which of them to draw from: a card compiles each anew; the default ones take longest to interpret; tensor descriptors (4) are not run
+    as compiled without a card."""
     return (0, 4) if ON_CARD else (0, 1, 2, 3) if not INTERPRETED else (1, 2, 3, 1, 2, 3, 0, 4) if real else (0, 1, 2, 3, 4, 4)
 
 

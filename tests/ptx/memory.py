@@ -1,5 +1,4 @@
 """What threads of `ptx.Machine` share: memory, with its races."""
-
 import numpy as np
 import torch
 
